@@ -40,9 +40,7 @@ def array(key: bytes | str, type_id: int, values: list[Any], length: int | None 
     return entry(key, ARRAY, head + body)
 
 
-def tensor(
-    name: bytes | str, dims: list[int], type_id: int, offset: int, num_dims: int | None = None
-) -> bytes:
+def tensor(name: bytes | str, dims: list[int], type_id: int, offset: int, num_dims: int | None = None) -> bytes:
     """`dims` in the order of the file: the row length first."""
     count = len(dims) if num_dims is None else num_dims
     raw_dims = b"".join((dim & (2**64 - 1)).to_bytes(8, "little") for dim in dims)

@@ -1,7 +1,7 @@
 """Hostile GGUF files by name.
 
-`UPSTREAM` holds the 33 cases of tests/test-gguf.cpp of https://github.com/ggml-org/llama.cpp under their names, `BROKEN` one
-file for each published parser fault and each limit. All must be refused; `LOADS` are odd, and legal.
+`UPSTREAM` holds the 33 cases of tests/test-gguf.cpp of https://github.com/ggml-org/llama.cpp under their names,
+`BROKEN` one file for each published parser fault and each limit. All must be refused; `LOADS` are odd, and legal.
 """
 
 from __future__ import annotations
@@ -9,22 +9,40 @@ from __future__ import annotations
 import struct
 
 from tests.formats.gguf_builder import (
-    ARRAY, BOOL, F32, FLOAT32, I8, I64, INT32, Q4_0, Q4_1, Q8_0, STRING, UINT8, UINT32, UINT64, GgufFile, array, entry,
-    scalar, string, tensor, text,
+    ARRAY,
+    BOOL,
+    F32,
+    FLOAT32,
+    I8,
+    I64,
+    INT32,
+    Q4_0,
+    Q4_1,
+    Q8_0,
+    STRING,
+    UINT8,
+    UINT32,
+    UINT64,
+    GgufFile,
+    array,
+    entry,
+    scalar,
+    string,
+    tensor,
+    text,
 )  # fmt: skip
 
 _ALL_ONES = 2**64 - 1
 _KEYS = [string("my_key_0", "value"), scalar("my_key_1", UINT8, 3), array("my_key_2", FLOAT32, [1.0, 2.0])]
 # Geometry by the id of the type: elements per block, bytes per block.
-QUANTISED = {2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 12: (256, 144), 14: (256, 210), 39: (32, 17)}
-
-
-def _pair(alignment: int = 32, first: int = 0, second: int = 64) -> list[bytes]:
-    return [tensor("my_tensor_0", [32, 2], Q8_0, first), tensor("my_tensor_1", [8, 2], F32, 96 if second == 64 else second)]
+QUANTISED = {
+    2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 12: (256, 144), 14: (256, 210), 39: (32, 17),
+}  # fmt: skip
+_TENSORS = [tensor("my_tensor_0", [32, 2], Q8_0, 0), tensor("my_tensor_1", [8, 2], F32, 96)]
 
 
 def _with_tensors(**changes: object) -> bytes:
-    base: dict[str, object] = {"entries": list(_KEYS), "tensors": _pair(), "data": bytes(160)}
+    base: dict[str, object] = {"entries": list(_KEYS), "tensors": list(_TENSORS), "data": bytes(160)}
     return bytes(GgufFile(**{**base, **changes}))  # type: ignore[arg-type]
 
 
@@ -152,9 +170,7 @@ BROKEN: dict[str, bytes] = {
     "zero hides a product": _one([2**62, 0, 2**62]),
     **{f"withdrawn type {kind}": _one([256], kind) for kind in (4, 5, 31, 32, 33, 36, 37, 38)},
     **{f"unknown type {kind}": _one([256], kind) for kind in (42, 255, 2**31, 2**32 - 1)},
-    **{
-        f"half a block of type {kind}": _one([block // 2 * 3, 2], kind) for kind, (block, _) in QUANTISED.items()
-    },
+    **{f"half a block of type {kind}": _one([block // 2 * 3, 2], kind) for kind, (block, _) in QUANTISED.items()},
     "scalar of a block type": _one([], Q4_0),
     "offset 2^64 - 32": _one([8], F32, 2**64 - 32),
     "offset into the header": _with_tensors(tensors=[tensor("t", [8], F32, 2**64 - 64)]),
