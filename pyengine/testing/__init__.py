@@ -1,0 +1,1 @@
+"""Helpers shared by tests and benchmarks. The product never imports them."""
