@@ -58,7 +58,7 @@ def spec_from_gguf(
     *,
     rope_freqs: npt.NDArray[np.floating[Any]] | None = None,
 ) -> ModelSpec:
-    """The spec of a GGUF file: its metadata, the names of its tensors, and its tensor rope_freqs.weight if it has one."""
+    """The spec of a GGUF file: its metadata, the names of its tensors, and its rope_freqs.weight if it has one."""
     architecture = metadata.get("general.architecture")
     for family in FAMILIES:
         if architecture in family.gguf_architectures:

@@ -1,7 +1,8 @@
 """Checks on the content of a tokenizer.json before a tokenizer is built from it.
 
-The library accepts descriptions that cost unbounded memory or time (chained replacements, nested quantifiers, sparse ids) or
-that mean something else than they say (an added token whose id is not free). All of them end here in ModelFileError.
+The library accepts descriptions that cost unbounded memory or time (chained replacements, nested quantifiers, sparse
+ids) or that mean something else than they say (an added token whose id is not free). All of them end here in
+ModelFileError.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class DescriptionCheck:
             self._check_id(f"{field}.id", content, token_id, len(vocab) + len(added))
             if content in contents:
                 raise self.fail(field, f"expected every added token once, got {content!r:.60} twice")
+            assert isinstance(token_id, int)
             if ids.setdefault(token_id, content) != content or vocab.get(content, token_id) != token_id:
                 raise self.fail(
                     f"{field}.id", f"expected an id of its own for {content!r:.60}, got the taken {token_id}"
@@ -178,8 +180,8 @@ class DescriptionCheck:
 def find_backtracking(pattern: str) -> str | None:
     """The construct of `pattern` that lets a match take exponential time, or None.
 
-    Sees nested repetition, back references and recursion. It does not see polynomial time, nor ambiguous alternatives such as
-    (a|a)*; for those the regex engine's own limit of retries per match holds.
+    Sees nested repetition, back references and recursion. It does not see polynomial time, nor ambiguous alternatives
+    such as (a|a)*; for those the regex engine's own limit of retries per match holds.
     """
     # Per open group: whether something in it repeats. The last entry of `closed` tells it of the atom just read.
     groups = [False]

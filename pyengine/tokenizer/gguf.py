@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file as the description that a tokenizer.json holds.
 
-Kind "gpt2", byte-level BPE, with the pre-tokenizers that are written down here. The expressions are those of the models that
-the names stand for.
+Kind "gpt2", byte-level BPE, with the pre-tokenizers that are written down here. The expressions are those of the models
+that the names stand for.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _LLAMA3_PATTERN = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-# What llama.cpp splits by where a file names no pre-tokenizer of its own; four expressions, each applied to what the one
-# before it left.
+# What llama.cpp splits by where a file names no pre-tokenizer of its own; four expressions, each applied to what the
+# one before it left.
 _DEFAULT_PATTERNS = (
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",

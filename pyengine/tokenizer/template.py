@@ -22,8 +22,8 @@ _RESERVED = frozenset({"messages", "add_generation_prompt", "tools", "documents"
 class TemplateError(PyEngineError):
     """A chat template cannot be used.
 
-    reason: "syntax", "render", "raised" (by the template's own raise_exception), "prefix" (see `assistant_mask`), or the limit that it
-    met: "fuel", "output", "memory", "time", "crash". line: in the template, from 1, where known.
+    reason: "syntax", "render", "raised" (by the template's own raise_exception), "prefix" (see `assistant_mask`), or
+    the limit that it met: "fuel", "output", "memory", "time", "crash". line: in the template, from 1, where known.
     """
 
     def __init__(self, reason: str, message: str, line: int | None = None) -> None:
@@ -60,7 +60,8 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str], *, name: str = "default") -> ChatTemplate:
-        """From chat_template.jinja, else from tokenizer_config.json, in `folder`. `name` chooses one of several in the latter.
+        """From chat_template.jinja, else from tokenizer_config.json, in `folder`. `name` chooses one of several in the
+        latter.
 
         Raises ModelFileError where there is none.
         """
@@ -84,7 +85,8 @@ class ChatTemplate:
         now: datetime.datetime | None = None,
         **variables: Any,
     ) -> str:
-        """The text of `messages`, which hold "role" and "content" as plain JSON values. `now` is what `strftime_now` tells.
+        """The text of `messages`, which hold "role" and "content" as plain JSON values. `now` is what `strftime_now`
+        tells.
 
         Raises TemplateError, ArgumentError for values that are not JSON, CapacityError for more than 16 MiB of them.
         """

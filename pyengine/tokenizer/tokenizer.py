@@ -26,8 +26,8 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 class Tokenizer:
     """Immutable. Every failure of the library underneath, panics included, is a typed error.
 
-    `description` is the object of a tokenizer.json; `special_tokens` maps names such as "eos_token" to token strings; `path` is
-    named in errors. Truncation and padding that the description asks for are off: they lose text in silence.
+    `description` is the object of a tokenizer.json; `special_tokens` maps names such as "eos_token" to token strings;
+    `path` is named in errors. Truncation and padding that the description asks for are off: they lose text in silence.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """From tokenizer.json, and the special tokens of tokenizer_config.json or special_tokens_map.json, in `folder`."""
+        """From tokenizer.json in `folder`, and the special tokens that the files beside it name."""
         path = Path(folder) / "tokenizer.json"
         description = parse_json_object(read_bounded(path, max_bytes=MAX_TOKENIZER_BYTES), path)
         return cls(description, special_tokens=read_special_tokens(folder), path=path)
@@ -101,8 +101,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. `add_special_tokens` adds what the model wants around every text, such as a bos token.
 
-        Raises ArgumentError for lone surrogates, CapacityError for a text over `max_input_bytes` or more than 16 ids per byte
-        and 65,536 above.
+        Raises ArgumentError for lone surrogates, CapacityError for a text over `max_input_bytes` or more than 16 ids
+        per byte and 65,536 above.
         """
         return self._encode(text, add_special_tokens).ids
 
