@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-"""Helpers shared by tests and benchmarks. The product never imports them."""
-=======
 """Shared by tests and benchmarks: the accuracy rule, memory layouts, ISA forcing, guard pages."""
 
 from __future__ import annotations
@@ -64,4 +61,3 @@ def assert_same_bits(got: Tensor, expected: Tensor) -> None:
     assert got.shape == expected.shape and got.dtype == expected.dtype
     a, b = got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
     assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} bytes differ"
->>>>>>> main

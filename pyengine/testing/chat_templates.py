@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}
+CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}
+{{- message['content'] + '<|im_end|>' + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 """
 
@@ -18,7 +19,8 @@ CHATML_DEFAULT_SYSTEM = """{%- if messages[0].role != 'system' %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}"""
 
-LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}
+LLAMA2 = """{% if messages[0]['role'] == 'system' %}
+    {%- set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}
 {%- else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}
 {%- for message in loop_messages %}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
@@ -35,7 +37,8 @@ LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messa
 
 LLAMA3 = """{{- bos_token }}
 {%- set date = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' %}
-{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}
 {%- else %}{% set system = '' %}{% endif %}
 {{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date + '\n\n' }}
 {%- if tools is not none %}
@@ -49,7 +52,8 @@ LLAMA3 = """{{- bos_token }}
     {%- if message.tool_calls is defined and message.tool_calls %}
         {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
         {%- for call in message.tool_calls %}
-            {{- '{"name": "' + call.function.name + '", "parameters": ' }}{{- call.function.arguments | tojson }}{{- '}' }}
+            {{- '{"name": "' + call.function.name + '", "parameters": ' }}
+            {{- call.function.arguments | tojson }}{{- '}' }}
         {%- endfor %}
         {{- '<|eot_id|>' }}
     {%- elif message.role in ['tool', 'ipython'] %}
@@ -58,7 +62,8 @@ LLAMA3 = """{{- bos_token }}
         {%- else %}{{ message.content }}{% endif %}
         {{- '<|eot_id|>' }}
     {%- else %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}
@@ -177,13 +182,17 @@ QWEN3 = """{%- set ns = namespace(last_query=messages|length - 1, found=false) %
     {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
 {%- endif %}"""
 
-MACROS = """{%- macro turn(role, content='') -%}[{{ role|upper }}] {{ content }}{% if caller is defined %}?{% endif %}{%- endmacro -%}
+MACROS = """{%- macro turn(role, content='') -%}
+[{{ role|upper }}] {{ content }}{% if caller is defined %}?{% endif %}
+{%- endmacro -%}
 {%- for message in messages -%}
 {{ turn(message.role, message.content|replace('\n', ' ')|string) }}{{ ' | ' if not loop.last }}
 {%- endfor -%}
 {% for key, value in messages[0]|dictsort %} {{ loop.index }}/{{ loop.length }}:{{ key }}={{ value }}{% endfor %}
-{% set roles = messages|map(attribute='role')|list %}{{ roles }} {{ roles|unique|join(',') }} {{ messages|length > 2 }} {{ none }}
-{{ {'a': 1, 'b': [true, none, 1.5]}|tojson }} {{ '<&>"' ~ "'" }} {{ messages[0].get('name', 'anon') }} {{ 7 // 2 }} {{ 7 / 2 }}
+{% set roles = messages|map(attribute='role')|list %}{{ roles }} {{ roles|unique|join(',') }}
+{{ messages|length > 2 }} {{ none }}
+{{ {'a': 1, 'b': [true, none, 1.5]}|tojson }} {{ '<&>"' ~ "'" }} {{ messages[0].get('name', 'anon') }}
+{{ 7 // 2 }} {{ 7 / 2 }}
 """
 
 TEMPLATES = {

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyengine.errors import ModelFileError
+from pyengine.jsonfile import file_error
 
 MAX_TOKENS = 1 << 22
 MAX_TOKEN_CHARS = 4096
@@ -40,7 +41,7 @@ class DescriptionCheck:
         self._check_post_processor(description.get("post_processor"))
 
     def fail(self, field: str, message: str) -> ModelFileError:
-        return ModelFileError(path=self.path, field=field, message=message)
+        return file_error(self.path, message, field=field)
 
     def _check_vocab(self, model: Any) -> dict[str, int]:
         if not isinstance(model, dict):

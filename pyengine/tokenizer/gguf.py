@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyengine.errors import ModelFileError
+from pyengine.jsonfile import file_error
 from pyengine.tokenizer.checks import MAX_TOKENS
 
 _CONTROL, _USER_DEFINED, _UNKNOWN = 3, 4, 2
@@ -177,4 +178,4 @@ class GgufTokenizerReader:
         return self.metadata.get(f"tokenizer.ggml.{key}")
 
     def _fail(self, key: str, message: str) -> ModelFileError:
-        return ModelFileError(path=self.path, field=f"tokenizer.ggml.{key}", message=message)
+        return file_error(self.path, message, field=f"tokenizer.ggml.{key}")

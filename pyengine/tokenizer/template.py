@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyengine.errors import ArgumentError, ModelFileError, PyEngineError
-from pyengine.jsonfile import read_bounded, read_json_object
+from pyengine.errors import ArgumentError, PyEngineError
+from pyengine.jsonfile import file_error, read_bounded, read_json_object
 from pyengine.tokenizer.gguf import GgufTokenizerReader
 from pyengine.tokenizer.template_process import TemplateLimits, TemplateProcess
 from pyengine.tokenizer.tokenizer import MAX_TOKENIZER_CONFIG_BYTES, read_special_tokens
@@ -72,7 +72,7 @@ class ChatTemplate:
         """From `tokenizer.chat_template` of a GGUF file's metadata. Raises ModelFileError where there is none."""
         source = metadata.get("tokenizer.chat_template")
         if not isinstance(source, str):
-            raise ModelFileError(path=path, field="tokenizer.chat_template", message="expected a template, got none")
+            raise file_error(path, "expected a template, got none", field="tokenizer.chat_template")
         return cls(source, special_tokens=GgufTokenizerReader(metadata, path).special_tokens())
 
     def render(
@@ -132,7 +132,7 @@ def _read_source(folder: Path, name: str) -> str:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ModelFileError(path=path, offset=error.start, message="expected UTF-8") from error
+            raise file_error(path, "expected UTF-8", offset=error.start) from error
     path = folder / "tokenizer_config.json"
     source: Any = None
     if path.exists():
@@ -143,5 +143,5 @@ def _read_source(folder: Path, name: str) -> str:
     elif name != "default":
         source = None
     if not isinstance(source, str):
-        raise ModelFileError(path=path, field="chat_template", message=f"expected a template {name!r:.60}, got none")
+        raise file_error(path, f"expected a template {name!r:.60}, got none", field="chat_template")
     return source

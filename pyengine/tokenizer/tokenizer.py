@@ -10,8 +10,8 @@ from typing import Any
 
 import tokenizers
 
-from pyengine.errors import ArgumentError, CapacityError, ModelFileError
-from pyengine.jsonfile import parse_json_object, read_bounded, read_json_object
+from pyengine.errors import ArgumentError, CapacityError
+from pyengine.jsonfile import file_error, parse_json_object, read_bounded, read_json_object
 from pyengine.tokenizer.checks import DescriptionCheck
 from pyengine.tokenizer.gguf import GgufTokenizerReader
 from pyengine.tokenizer.guard import typed_errors
@@ -43,7 +43,7 @@ class Tokenizer:
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self.max_input_bytes = max_input_bytes
         self.decoder: dict[str, Any] = description.get("decoder") or {}
-        with typed_errors(lambda reason: ModelFileError(path=path, message=reason)):
+        with typed_errors(lambda reason: file_error(path, reason)):
             text = json.dumps(description, ensure_ascii=False)
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             self._tokenizer.no_truncation()
@@ -53,11 +53,11 @@ class Tokenizer:
         self._special_ids = frozenset(index for index, token in self._added.items() if token.special)
         for entry in description.get("added_tokens") or []:
             if self.token_to_id(entry["content"]) != entry["id"]:
-                raise ModelFileError(
-                    path=path,
-                    field="added_tokens",
-                    message=f"expected the id {self.token_to_id(entry['content'])}, which is the next free one, for "
+                raise file_error(
+                    path,
+                    f"expected the id {self.token_to_id(entry['content'])}, which is the next free one, for "
                     f"{entry['content']!r:.60}, got {entry['id']}",
+                    field="added_tokens",
                 )
 
     @classmethod
@@ -170,7 +170,7 @@ def read_special_tokens(folder: str | os.PathLike[str]) -> dict[str, str]:
             if value is None:
                 continue
             if not isinstance(value, str):
-                raise ModelFileError(path=path, field=key, message=f"expected a token, got {type(value).__name__}")
+                raise file_error(path, f"expected a token, got {type(value).__name__}", field=key)
             found[key] = value
     return found
 

@@ -88,7 +88,7 @@ def random_texts(count: int, seed: int) -> list[str]:
     ranges += [(0x2000, 0x206F), (0x2150, 0x218F), (0x3040, 0x30FF), (0x4E00, 0x4FFF), (0x1F300, 0x1F6FF)]
     texts = []
     for _ in range(count):
-        pool = rng.sample(ranges, 3) + [(32, 126), (32, 32)]
+        pool = [*rng.sample(ranges, 3), (32, 126), (32, 32)]
         texts.append("".join(chr(rng.randint(*rng.choice(pool))) for _ in range(rng.randint(1, 60))))
     return texts
 
