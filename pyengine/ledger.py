@@ -1,12 +1,13 @@
 """The ledger: an append-only `ledger.jsonl` that links what a run read to what it wrote.
 
 One line is one JSON object. Its first field, `id`, is the BLAKE3 hash of the exact bytes of the rest of the line, and
-the rest holds `previous`, the id of the line before, so an edited, removed, inserted or moved line breaks the chain at a
-line number that `read` names. The chain alone cannot see that whole lines are missing at the end: keep the `head` of a
-ledger (a checkpoint manifest does) and hand it to `read`.
+the rest holds `previous`, the id of the line before, so an edited, removed, inserted or moved line breaks the chain at
+a line number that `read` names. The chain alone cannot see that whole lines are missing at the end: keep the `head` of
+a ledger (a checkpoint manifest does) and hand it to `read`.
 
 An append is one write under a file lock, flushed and synced before `record` returns. A crash can leave a torn last
-line; the next `Ledger(folder)` moves its bytes to `ledger.torn` and records a `repair` entry. Whole lines are never lost.
+line; the next `Ledger(folder)` moves its bytes to `ledger.torn` and records a `repair` entry. Whole lines are never
+lost.
 """
 
 from __future__ import annotations
