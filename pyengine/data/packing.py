@@ -1,8 +1,8 @@
 """Rows of fixed length for training, as a pure function of (data, seed, sample index).
 
-Documents are laid end to end in an order that the seed and the epoch permute, the line is cut into rows, and the rows are
-permuted again. No state is kept: sample i can be asked for first, last or twice, by any worker, and a resumed run asks
-for the index it stopped at. A row is `(input_ids, targets, segment_ids, position_ids)`, each [seq_len] int32:
+Documents are laid end to end in an order that the seed and the epoch permute, the line is cut into rows, and the rows
+are permuted again. No state is kept: sample i can be asked for first, last or twice, by any worker, and a resumed run
+asks for the index it stopped at. A row is `(input_ids, targets, segment_ids, position_ids)`, each [seq_len] int32:
 
 * `targets[t]` is the token after `input_ids[t]` in the same document, or `IGNORE` where there is none;
 * `segment_ids[t]` counts documents within the row from 0; padding has `PADDING_SEGMENT`;
@@ -129,8 +129,8 @@ def pack_conversations(
     """Pack tokenised conversations, each whole in one row, longest first into the fullest row that has room.
 
     Args:
-        conversations: (ids, mask) of equal length; mask is true where the assistant speaks. `targets[t]` is `ids[t + 1]`
-            if `mask[t + 1]`, else `IGNORE`: the token that is learned is masked, not the position that predicts it.
+        conversations: (ids, mask) of equal length; mask is true where the assistant speaks. `targets[t]` is
+            `ids[t + 1]` if `mask[t + 1]`, else `IGNORE`: the mask is of the token to learn, not of its predictor.
         seq_len: tokens of a row.
         seed: of the order of rows.
         pad_id: fills `input_ids` of padding.

@@ -1,6 +1,7 @@
 """A permutation of 0 .. size-1 given by a key: any position can be asked for alone, and nothing is stored.
 
-A balanced Feistel network over the next even number of bits, walked until it lands inside (at most four steps expected).
+A balanced Feistel network over the next even number of bits, walked until it lands inside (at most four steps are
+expected).
 """
 
 from __future__ import annotations

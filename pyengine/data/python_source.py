@@ -10,9 +10,12 @@ import re
 import tokenize
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 _PRAGMA = re.compile(r"(?i)^(!|.*coding[:=]\s*[-\w.]+|type:|noqa\b|pragma\b|pylint:|mypy:|fmt:|ruff:|flake8:)")
+
+
+Documented: TypeAlias = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Piece(NamedTuple):
@@ -46,10 +49,11 @@ class PythonSource:
         for line in data[self.starts[0] :].splitlines(keepends=True):
             self.starts.append(self.starts[-1] + len(line))
         self._comments = list(_whole_line_comments(data))
+        self._docstrings = sorted(_docstring_nodes(self.tree), key=lambda pair: (pair[1].lineno, pair[1].col_offset))
 
     def docstrings(self) -> Iterator[Piece]:
         """Docstrings of the module, its classes and functions, cleaned as `inspect.cleandoc` does, in file order."""
-        for _, node in self._docstring_nodes():
+        for _, node in self._docstrings:
             yield Piece(self._offset(node.lineno, node.col_offset), inspect.cleandoc(_text_of(node)))
 
     def comments(self) -> Iterator[Piece]:
@@ -70,7 +74,7 @@ class PythonSource:
         """The source without the lines of docstrings and whole-line comments, cut between top-level statements into
         pieces of at most `max_bytes` where the statements allow it. A docstring that is the whole body stays."""
         dropped = [(self.starts[row - 1], self.starts[row]) for row, _, _ in self._comments]
-        for parent, node in self._docstring_nodes():
+        for parent, node in self._docstrings:
             if len(parent.body) == 1 and not isinstance(parent, ast.Module):
                 continue
             assert node.end_lineno is not None and node.end_col_offset is not None
@@ -86,11 +90,11 @@ class PythonSource:
             if piece_start is None:
                 piece_start = start
             elif end - piece_start > max_bytes:
-                yield self._without(piece_start, piece_end, dropped)
+                yield from self._without(piece_start, piece_end, dropped)
                 piece_start = start
             piece_end = end
         if piece_start is not None:
-            yield self._without(piece_start, piece_end, dropped)
+            yield from self._without(piece_start, piece_end, dropped)
 
     def signatures(self) -> Iterator[Signature]:
         """Documented functions and methods, in file order; functions inside functions are left out."""
@@ -114,20 +118,6 @@ class PythonSource:
                 text = "\n".join([*classes, *decorators, head])
                 yield Signature(self._offset(node.lineno, node.col_offset), text, docstring)
 
-    def _docstring_nodes(self) -> Iterator[tuple[ast.Module | ast.ClassDef | ast.FunctionDef, ast.Constant]]:
-        nodes = []
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-                first = node.body[0]
-                if (
-                    isinstance(first, ast.Expr)
-                    and isinstance(first.value, ast.Constant)
-                    and isinstance(first.value.value, str)
-                ):
-                    nodes.append((node, first.value))
-        nodes.sort(key=lambda pair: (pair[1].lineno, pair[1].col_offset))
-        yield from nodes  # type: ignore[misc]
-
     def _statement_spans(self) -> Iterator[tuple[int, int]]:
         previous = self.starts[0]
         for node in self.tree.body:
@@ -136,7 +126,7 @@ class PythonSource:
             yield previous, max(previous, end)
             previous = max(previous, end)
 
-    def _without(self, start: int, end: int, dropped: list[tuple[int, int]]) -> Piece:
+    def _without(self, start: int, end: int, dropped: list[tuple[int, int]]) -> Iterator[Piece]:
         kept = []
         position = start
         for drop_start, drop_end in dropped:
@@ -145,9 +135,10 @@ class PythonSource:
             kept.append(self.data[position : max(position, drop_start)])
             position = drop_end
         kept.append(self.data[position:end])
-        text = b"".join(kept)
-        lead = len(self.data[start:end]) - len(self.data[start:end].lstrip())
-        return Piece(start + lead, text.decode("utf-8").replace("\r\n", "\n").strip("\n"))
+        text = b"".join(kept).decode("utf-8").replace("\r\n", "\n").strip("\n")
+        if text:
+            lead = len(self.data[start:end]) - len(self.data[start:end].lstrip())
+            yield Piece(start + lead, text)
 
     def _offset(self, line: int, column: int) -> int:
         return self.starts[line - 1] + column
@@ -158,6 +149,15 @@ def parse_quietly(source: bytes | str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source)
+
+
+def _docstring_nodes(tree: ast.Module) -> Iterator[tuple[Documented, ast.Constant]]:
+    for node in ast.walk(tree):
+        if isinstance(node, Documented) and node.body:
+            first = node.body[0]
+            constant = first.value if isinstance(first, ast.Expr) else None
+            if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
+                yield node, constant
 
 
 def _whole_line_comments(data: bytes) -> Iterator[tuple[int, int, str]]:

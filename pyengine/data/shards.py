@@ -85,9 +85,8 @@ def write_shard(
                     f"documents[{document.id!r}]: expected a list of at least one integer, got {ids.dtype} {ids.shape}"
                 )
             if ids.min() < 0 or ids.max() >= vocab_size:
-                raise ArgumentError(
-                    f"documents[{document.id!r}]: expected ids from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}"
-                )
+                got = f"{ids.min()} to {ids.max()}"
+                raise ArgumentError(f"documents[{document.id!r}]: expected ids from 0 to {vocab_size - 1}, got {got}")
             data = ids.astype(_dtype(bits)).tobytes()
             file.write(data)
             digest.update(data)
@@ -178,7 +177,7 @@ class Shard:
         for start in range(0, len(self.tokens), _CHUNK_TOKENS):
             chunk = np.asarray(self.tokens[start : start + _CHUNK_TOKENS])
             digest.update(chunk.tobytes())
-            wrong = np.flatnonzero(chunk >= self.index.vocab_size)
+            wrong = np.flatnonzero(np.greater_equal(chunk, self.index.vocab_size))
             if wrong.size:
                 position = start + int(wrong[0])
                 raise DataFileError(
