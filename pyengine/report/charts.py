@@ -121,7 +121,7 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
         exponent = math.floor(math.log10(largest))
         digits = max(0, min(4, exponent - math.floor(math.log10(step) + 1e-9)))
         return ["0" if tick == 0 else _scientific(tick, digits) for tick in ticks]
-    scale, suffix = next(((s, u) for s, u in ((1e6, "M"), (1e3, "k")) if largest >= 10 * s or step >= s), (1.0, ""))
+    scale, suffix = (1e6, "M") if largest >= 1e6 else (1e3, "k") if largest >= 1e4 or step >= 1e3 else (1.0, "")
     digits = max(0, min(6, -math.floor(math.log10(step / scale) + 1e-9)))
     return ["0" if tick == 0 else f"{tick / scale:.{digits}f}{suffix}" for tick in ticks]
 

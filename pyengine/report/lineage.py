@@ -13,8 +13,8 @@ from pyengine.report.run import Run, made_by, title
 MAX_NODES = 60
 MAX_PER_LAYER = 6
 
-_BOX_WIDTH, _BOX_HEIGHT, _GAP_X, _GAP_Y = 168, 44, 22, 34
-_MAX_LABEL = 23
+_BOX_WIDTH, _BOX_HEIGHT, _GAP_X, _GAP_Y = 208, 46, 20, 32
+_MAX_LABEL, _MAX_DETAIL = 25, 32
 _LEFT_OUT = frozenset({facts.ENVIRONMENT, "repair"})
 
 
@@ -48,6 +48,21 @@ def nodes_of(run: Run) -> list[Node]:
     return nodes
 
 
+def without_shortcuts(nodes: list[Node]) -> list[Node]:
+    """The graph without links that a longer way implies (its transitive reduction)."""
+    above: list[set[int]] = []
+    for node in nodes:
+        above.append(set(node.parents).union(*(above[parent] for parent in node.parents)))
+    return [
+        node._replace(
+            parents=tuple(
+                parent for parent in node.parents if not any(parent in above[other] for other in node.parents)
+            )
+        )
+        for node in nodes
+    ]
+
+
 def layers_of(nodes: list[Node]) -> list[list[int]]:
     """Nodes by depth: a node stands below all of its parents."""
     depth: list[int] = []
@@ -58,7 +73,7 @@ def layers_of(nodes: list[Node]) -> list[list[int]]:
 
 def drawing(run: Run) -> Html:
     """The graph from top to bottom as SVG; nothing if it is empty or too large to read."""
-    nodes = nodes_of(run)
+    nodes = without_shortcuts(nodes_of(run))
     layers = layers_of(nodes)
     widest = max(map(len, layers), default=0)
     if not nodes or len(nodes) > MAX_NODES or widest > MAX_PER_LAYER:
@@ -95,13 +110,14 @@ def drawing(run: Run) -> Html:
             element(
                 "g",
                 element("rect", x=f"{x:.1f}", y=y, width=_BOX_WIDTH, height=_BOX_HEIGHT, rx=7, class_="box"),
-                element("text", _cut(head), x=f"{x + _BOX_WIDTH / 2:.1f}", y=y + 18, class_="node"),
-                element("text", _cut(detail), x=f"{x + _BOX_WIDTH / 2:.1f}", y=y + 34, class_="detail"),
+                element("text", _cut(head, _MAX_LABEL), x=f"{x + _BOX_WIDTH / 2:.1f}", y=y + 18, class_="node"),
+                element("text", _cut(detail, _MAX_DETAIL), x=f"{x + _BOX_WIDTH / 2:.1f}", y=y + 34, class_="detail"),
             )
         )
     label = f"Lineage graph with {len(nodes)} boxes; the table below holds the same."
     svg = element("svg", *parts, viewBox=f"0 0 {width} {height}", width=width, role="img", aria_label=label)
-    return element("div", svg, class_="scroll graph")
+    note = "Links that a longer way implies are left out of the drawing; the table has all of them."
+    return join(element("div", svg, class_="scroll graph"), element("p", note, class_="note"))
 
 
 def table(run: Run) -> Html:
@@ -119,25 +135,35 @@ def table(run: Run) -> Html:
                 element("td", str(index + 1), class_="n", id=f"entry-{index + 1}"),
                 element("td", title(entry)),
                 element("td", *(inputs or [_unknown()])),
-                element("td", *(outputs or [_unknown()])),
+                element("td", *(outputs or [_made_no_file(entry)])),
             )
         )
     if not rows:
         return element("p", fmt.UNKNOWN, class_="unknown")
     head = element("tr", *(element("th", name) for name in ("Line", "Step", "Made from", "Made")))
-    return element("div", element("table", element("thead", head), element("tbody", *rows)), class_="scroll")
+    return element(
+        "div", element("table", element("thead", head), element("tbody", *rows), class_="lineage"), class_="scroll"
+    )
 
 
 def _origin(name: str, value: str, made: dict[str, int], entries: list[Entry], index: int) -> Html:
     source = made.get(value, index)
     if source >= index:
         return element("div", _named_id(name, value, wrap="span"), " (from outside this run)")
-    link = element("a", f"line {source + 1}, {title(entries[source])}", href=f"#entry-{source + 1}")
+    line = f"line {source + 1}"
+    shown = entries[source].kind not in _LEFT_OUT
+    link = element("a", line, href=f"#entry-{source + 1}") if shown else line
     return element("div", _named_id(name, value, wrap="span"), " from ", link)
 
 
 def _named_id(name: str, value: str, wrap: str = "div") -> Html:
     return element(wrap, f"{name} ", element("code", fmt.short_id(value), title=value))
+
+
+def _made_no_file(entry: Entry) -> Html:
+    """An evaluation makes a figure; anything else without an output is unknown."""
+    value = fmt.with_unit(entry.facts.get("value"), str(entry.facts.get("unit") or ""))
+    return element("span", value) if entry.kind == facts.EVALUATE and value != fmt.UNKNOWN else _unknown()
 
 
 def _unknown() -> Html:
@@ -164,5 +190,5 @@ def _labels(node: Node) -> tuple[str, str]:
     return title(entry), details.get(entry.kind, fmt.short_id(entry.id))
 
 
-def _cut(label: str) -> str:
-    return label if len(label) <= _MAX_LABEL else label[: _MAX_LABEL - 1] + "…"
+def _cut(label: str, limit: int) -> str:
+    return label if len(label) <= limit else label[: limit - 1] + "…"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from pyengine.report.charts import Series, line_chart
 from pyengine.report.html import Html, element, join
 from pyengine.report.run import Metrics, Run, title
 from pyengine.report.style import STYLE
+from pyengine.report.tables import counts_table, cut, fact, facts_table, id_rows, table, unknown
 
 MAX_SAMPLES = 60
 MAX_SAMPLE_CHARACTERS = 4000
@@ -89,11 +90,11 @@ def tiles(run: Run) -> Html:
     known = [count for count in tokens if fmt.is_number(count)]
     return element(
         "div",
-        _tile("Held-out text", _fact(bits, "value"), "bits per byte", _against(bits)),
+        _tile("Held-out text", fact(bits, "value"), "bits per byte", _against(bits)),
         _tile("Trained on", sum(known) if known else None, "tokens", _stages(run)),
-        _tile("Final training loss", _fact(train, "train_loss"), "nats per token", fmt.words(_fact(train, "stage"))),
-        _tile("Quantised", _fact(quantize, "bits_per_weight"), "bits per weight", fmt.words(_fact(quantize, "format"))),
-        _tile("Quantisation error", _fact(quantize, "kl"), "nats per token", "mean KL to the source model"),
+        _tile("Final training loss", fact(train, "train_loss"), "nats per token", fmt.words(fact(train, "stage"))),
+        _tile("Quantised", fact(quantize, "bits_per_weight"), "bits per weight", fmt.words(fact(quantize, "format"))),
+        _tile("Quantisation error", fact(quantize, "kl"), "nats per token", "mean KL to the source model"),
         _tile("Decode speed", statistics.median(speeds) if speeds else None, "tokens per second", "median of samples"),
         class_="tiles",
     )
@@ -104,46 +105,46 @@ def inputs_section(run: Run) -> Html:
     parts: list[Html] = []
     for entry in _or_unknown(run.of(facts.CORPUS)):
         rows = [
-            ("Text", fmt.words(_fact(entry, "name"))),
-            ("Licence", fmt.words(_fact(entry, "license"))),
-            ("Source files", fmt.number(_fact(entry, "files"))),
-            ("Documents", fmt.number(_fact(entry, "documents"))),
-            ("Bytes", fmt.size(_fact(entry, "bytes"))),
-            ("In training", fmt.with_unit(_fact(entry, "train_documents"), "documents")),
-            ("Held out", fmt.with_unit(_fact(entry, "held_out_documents"), "documents")),
+            ("Text", fmt.words(fact(entry, "name"))),
+            ("Licence", fmt.words(fact(entry, "license"))),
+            ("Source files", fmt.number(fact(entry, "files"))),
+            ("Documents", fmt.number(fact(entry, "documents"))),
+            ("Bytes", fmt.size(fact(entry, "bytes"))),
+            ("In training", fmt.with_unit(fact(entry, "train_documents"), "documents")),
+            ("Held out", fmt.with_unit(fact(entry, "held_out_documents"), "documents")),
         ]
         counts = element(
             "div",
             element("h3", title(entry) if entry else "corpus"),
-            _facts_table(rows + _id_rows(entry)),
+            facts_table(rows + id_rows(entry)),
         )
         kinds = element(
             "div",
             element("h3", "Kept, by kind"),
-            _counts_table(_fact(entry, "documents_by_kind"), "Kind"),
+            counts_table(fact(entry, "documents_by_kind"), "Kind"),
             element("h3", "Dropped, by reason"),
-            _counts_table(_fact(entry, "dropped"), "Reason"),
+            counts_table(fact(entry, "dropped"), "Reason"),
         )
         parts.append(element("div", counts, kinds, class_="pair"))
     blocks: list[Html] = []
     for entry in _or_unknown(run.of(facts.TOKENIZER)):
         rows = [
-            ("Algorithm", fmt.words(_fact(entry, "algorithm"))),
-            ("Vocabulary", fmt.with_unit(_fact(entry, "vocab_size"), "entries")),
-            ("Special tokens", fmt.words(_fact(entry, "special_tokens"))),
-            ("Held-out text", fmt.with_unit(_fact(entry, "bytes_per_token"), "bytes per token")),
+            ("Algorithm", fmt.words(fact(entry, "algorithm"))),
+            ("Vocabulary", fmt.with_unit(fact(entry, "vocab_size"), "entries")),
+            ("Special tokens", fmt.words(fact(entry, "special_tokens"))),
+            ("Held-out text", fmt.with_unit(fact(entry, "bytes_per_token"), "bytes per token")),
         ]
-        blocks.append(element("div", element("h3", "tokenizer"), _facts_table(rows + _id_rows(entry))))
+        blocks.append(element("div", element("h3", "tokenizer"), facts_table(rows + id_rows(entry))))
     for entry in _or_unknown(run.of(facts.SHARDS)):
-        bits = _fact(entry, "token_bits")
+        bits = fact(entry, "token_bits")
         rows = [
-            ("Documents", fmt.number(_fact(entry, "documents"))),
-            ("Tokens", fmt.number(_fact(entry, "tokens"))),
-            ("Text", fmt.size(_fact(entry, "text_bytes"))),
+            ("Documents", fmt.number(fact(entry, "documents"))),
+            ("Tokens", fmt.number(fact(entry, "tokens"))),
+            ("Text", fmt.size(fact(entry, "text_bytes"))),
             ("Width", fmt.with_unit(bits, "bits per token")),
         ]
         name = title(entry) if entry else "shards"
-        blocks.append(element("div", element("h3", name), _facts_table(rows + _id_rows(entry))))
+        blocks.append(element("div", element("h3", name), facts_table(rows + id_rows(entry))))
     return join(*parts, element("div", *blocks, class_="pair"))
 
 
@@ -151,7 +152,7 @@ def curves_section(run: Run) -> Html:
     """Four charts for each training stage, and its configuration."""
     entries = run.of(facts.TRAIN)
     if not entries:
-        return _unknown("No training stage is in the ledger.")
+        return unknown("No training stage is in the ledger.")
     return join(*(_stage(entry, run.metrics(entry)) for entry in entries))
 
 
@@ -165,12 +166,12 @@ def numbers_section(run: Run) -> Html:
                 element("td", fmt.words(get("name"))),
                 element("td", fmt.words(get("model"))),
                 element("td", fmt.with_unit(get("value"), str(get("unit") or "")), class_="n"),
-                element("td", _baseline(entry), class_="n"),
+                element("td", _baseline(entry), class_="n unknown" if _baseline(entry) == fmt.UNKNOWN else "n"),
                 element("td", _change(get("value"), get("baseline"), get("better")), class_="n"),
             ]
         )
     heads = ("What", "Model", "Value", "Compared with", "Change")
-    evaluations = _table(heads, rows, numeric=(2, 3, 4)) if rows else _unknown("No evaluation is in the ledger.")
+    evaluations = table(heads, rows, numeric=(2, 3, 4)) if rows else unknown("No evaluation is in the ledger.")
     rows = []
     for entry in run.of(facts.QUANTIZE):
         get = entry.facts.get
@@ -187,7 +188,7 @@ def numbers_section(run: Run) -> Html:
             ]
         )
     columns = ("Format", "Bits per weight", "Size", "Perplexity before", "after", "Change", "KL per token")
-    quantised = _table(columns, rows, numeric=range(1, 7)) if rows else _unknown("No quantisation is in the ledger.")
+    quantised = table(columns, rows, numeric=range(1, 7)) if rows else unknown("No quantisation is in the ledger.")
     return join(element("h3", "Evaluations"), evaluations, element("h3", "Quantisation"), quantised)
 
 
@@ -195,18 +196,18 @@ def samples_section(run: Run) -> Html:
     """Prompts, each with the answers of every model that got it."""
     entries = run.of(facts.GENERATE)
     if not entries:
-        return _unknown("No answer is in the ledger.")
+        return unknown("No answer is in the ledger.")
     by_prompt: dict[str, list[Entry]] = {}
     for entry in entries[:MAX_SAMPLES]:
         by_prompt.setdefault(fmt.words(entry.facts.get("prompt")), []).append(entry)
     cards = []
     for prompt, answers in by_prompt.items():
-        parts = [element("div", "Prompt", class_="who"), element("pre", _cut(prompt, MAX_SAMPLE_CHARACTERS))]
+        parts = [element("div", "Prompt", class_="who"), element("pre", cut(prompt, MAX_SAMPLE_CHARACTERS))]
         for entry in answers:
             get = entry.facts.get
             speed = fmt.with_unit(get("tokens_per_second"), "tokens per second")
             who = f"{fmt.words(get('model'))} · {fmt.with_unit(get('tokens'), 'tokens')} · {speed}"
-            answer = _cut(fmt.words(get("answer")), MAX_SAMPLE_CHARACTERS)
+            answer = cut(fmt.words(get("answer")), MAX_SAMPLE_CHARACTERS)
             parts += [element("div", who, class_="who"), element("pre", answer, class_="answer")]
         cards.append(element("div", *parts, class_="sample"))
     if len(entries) > MAX_SAMPLES:
@@ -220,16 +221,16 @@ def machine_section(run: Run) -> Html:
     parts = []
     for entry in _or_unknown(run.of(facts.ENVIRONMENT)):
         rows = [
-            ("Processor", fmt.words(_fact(entry, "cpu"))),
-            ("ISA level", fmt.words(_fact(entry, "isa"))),
-            ("Threads", fmt.number(_fact(entry, "threads"))),
-            ("Operating system", fmt.words(_fact(entry, "os"))),
+            ("Processor", fmt.words(fact(entry, "cpu"))),
+            ("ISA level", fmt.words(fact(entry, "isa"))),
+            ("Threads", fmt.number(fact(entry, "threads"))),
+            ("Operating system", fmt.words(fact(entry, "os"))),
             ("Ledger written by", f"pyengine {written_by}"),
         ]
-        versions = _fact(entry, "versions")
+        versions = fact(entry, "versions")
         known = isinstance(versions, dict) and versions
-        listed = _facts_table([(name, fmt.words(versions[name])) for name in sorted(versions)]) if known else _unknown()
-        machine = element("div", element("h3", "Machine"), _facts_table(rows))
+        listed = facts_table([(name, fmt.words(versions[name])) for name in sorted(versions)]) if known else unknown()
+        machine = element("div", element("h3", "Machine"), facts_table(rows))
         parts.append(element("div", machine, element("div", element("h3", "Versions"), listed), class_="pair"))
     return join(*parts)
 
@@ -238,7 +239,7 @@ def footer(run: Run) -> Html:
     """Every entry in full, and the head of the chain."""
     rows = []
     for line, entry in enumerate(run.entries, start=1):
-        known = _cut(msgspec.json.encode(entry.facts).decode(), MAX_FACT_CHARACTERS)
+        known = cut(msgspec.json.encode(entry.facts).decode(), MAX_FACT_CHARACTERS)
         rows.append(
             [
                 element("td", str(line), class_="n"),
@@ -249,7 +250,7 @@ def footer(run: Run) -> Html:
             ]
         )
     heads = ("Line", "Time (UTC)", "Kind", "Id", "Facts")
-    entries = element("details", element("summary", "All ledger entries"), _table(heads, rows, numeric=(0, 1)))
+    entries = element("details", element("summary", "All ledger entries"), table(heads, rows, numeric=(0, 1)))
     head = run.entries[-1].id if run.entries else fmt.UNKNOWN
     source = element(
         "p",
@@ -290,18 +291,19 @@ def _stage(entry: Entry, metrics: Metrics) -> Html:
         element(
             "p", state, *(f" {note}" for note in metrics.notes), class_="note" if metrics.state != "changed" else "bad"
         ),
-        _facts_table(rows),
     ]
     if extra:
         listed = element("div", *extra, class_="charts")
         parts.insert(2, element("details", element("summary", f"{len(extra)} more curves"), listed))
     config = get("config")
     if isinstance(config, dict) and config:
-        listed = _facts_table([(key, fmt.words(config[key])) for key in config])
-        parts.append(element("details", element("summary", "Configuration"), listed))
+        listed = facts_table([(key, cut(fmt.words(config[key]), MAX_FACT_CHARACTERS)) for key in config])
     else:
-        parts.append(element("p", "Configuration: unknown", class_="unknown"))
-    return join(*parts)
+        listed = unknown()
+    sides = (("Outcome", facts_table(rows)), ("Configuration", listed))
+    return join(
+        *parts, element("div", *(element("div", element("h4", name), side) for name, side in sides), class_="pair")
+    )
 
 
 def _tile(label: str, value: Any, unit: str, under: str) -> Html:
@@ -351,10 +353,6 @@ def _is_bits_per_byte(entry: Entry) -> bool:
     )
 
 
-def _fact(entry: Entry | None, name: str) -> Any:
-    return None if entry is None else entry.facts.get(name)
-
-
 def _or_unknown(entries: list[Entry]) -> list[Entry | None]:
     return [*entries] or [None]
 
@@ -363,47 +361,5 @@ def _last(entries: Iterable[Entry]) -> Entry | None:
     return next(iter(reversed(list(entries))), None)
 
 
-def _id_rows(entry: Entry | None) -> list[tuple[str, str]]:
-    outputs = entry.outputs if entry else {}
-    return [
-        (f"Hash of {name}", element("code", fmt.short_id(value), title=value)) for name, value in outputs.items()
-    ] or [("Hash", fmt.UNKNOWN)]
-
-
-def _facts_table(rows: Iterable[tuple[str, str]]) -> Html:
-    body = [
-        element("tr", element("th", name), element("td", value, class_="unknown" if value == fmt.UNKNOWN else None))
-        for name, value in rows
-    ]
-    return element("div", element("table", element("tbody", *body), class_="facts"), class_="scroll")
-
-
-def _counts_table(counts: Any, what: str) -> Html:
-    if not isinstance(counts, dict) or not counts:
-        return _unknown()
-    ordered = sorted(counts.items(), key=lambda item: (-item[1] if fmt.is_number(item[1]) else 0, item[0]))
-    rows = [
-        [element("td", name.replace("_", " ")), element("td", fmt.number(count), class_="n")] for name, count in ordered
-    ]
-    return _table((what, "Count"), rows, numeric=(1,))
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Html]], numeric: Iterable[int] = ()) -> Html:
-    right = set(numeric)
-    head = element(
-        "tr", *(element("th", name, class_="n" if place in right else None) for place, name in enumerate(heads))
-    )
-    body = element("tbody", *(element("tr", *row) for row in rows))
-    return element("div", element("table", element("thead", head), body), class_="scroll")
-
-
-def _unknown(note: str = "") -> Html:
-    return element("p", fmt.UNKNOWN, element("span", f" · {note}" if note else ""), class_="unknown")
-
-
 def _minute(time: str) -> str:
     return time.replace("T", " ")[:16]
-
-
-def _cut(value: str, limit: int) -> str:
-    return value if len(value) <= limit else f"{value[:limit]}… ({len(value) - limit} more characters in the ledger)"

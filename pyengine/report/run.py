@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -124,6 +125,8 @@ def _read_metrics(path: Path, state: str) -> Metrics:
                 value = _NOT_FINITE.get(value, value) if isinstance(value, str) else value
                 if name == "step" or isinstance(value, bool) or not isinstance(value, int | float):
                     continue
+                if isinstance(value, int) and abs(value) >= 1 << 64:
+                    continue
                 if name in curves or len(curves) < MAX_CURVES:
                     curves.setdefault(name, []).append((float(step), float(value)))
     notes = [f"{unread} lines of the metrics file could not be read."] if unread else []
@@ -136,8 +139,8 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     if line.isspace():
         return {"step": 0}
     try:
-        record = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        record = json.loads(line)
+    except (ValueError, RecursionError):
         return None
     step = record.get("step") if isinstance(record, dict) else None
     if isinstance(step, bool) or not isinstance(step, int | float) or not 0 <= step < 1e15:

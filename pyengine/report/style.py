@@ -22,11 +22,11 @@ code{color:var(--soft)}
 .soft,.unit,.note{color:var(--soft);font-weight:400}.note{font-size:.88rem}
 .unknown{color:var(--soft);font-style:italic}
 .good{color:var(--good)}.bad{color:var(--bad)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:12px;margin:22px 0 0}
+.tiles{display:grid;grid-template-columns:repeat(3,1fr);gap:12px;margin:22px 0 0}
 .tile{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:13px 15px}
 .tile .label{font-size:.84rem;color:var(--soft)}
 .tile .value{font-size:1.6rem;line-height:1.25;font-weight:600;letter-spacing:-.02em}
-.tile .value .unit{font-size:.9rem;letter-spacing:0}
+.tile .value .unit{font-size:.9rem;letter-spacing:0;white-space:nowrap}
 .tile .value.unknown{font-size:1.15rem;line-height:1.74;font-weight:400}
 .tile .under{font-size:.84rem;color:var(--soft)}
 .scroll{overflow-x:auto;margin:0 0 14px}
@@ -36,13 +36,14 @@ th,td{padding:7px 18px 7px 0;vertical-align:top}
 tbody td,tbody th{border-bottom:1px solid var(--grid)}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.long{max-width:30rem}
-table.facts{min-width:0}table.facts th{font-weight:400;font-size:.92rem;white-space:nowrap}
+th:last-child,td:last-child{padding-right:0}
+table.facts th{font-weight:400;font-size:.92rem;width:10.5rem;border-bottom:1px solid var(--grid)}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,310px),1fr));gap:0 36px}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,390px),1fr));gap:14px}
 figure{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:13px 15px}
 svg{display:block;max-width:100%;height:auto;font-family:inherit}
 figure svg{width:100%}
-.graph svg{max-width:none;margin:0 auto}
+.graph svg{max-width:none;margin:0 auto}.charts+.note,.charts+.bad{margin-top:10px}
 .grid{stroke:var(--grid)}.axis{stroke:var(--rule)}
 .tick{fill:var(--soft);font-size:11.5px;font-variant-numeric:tabular-nums}
 .end{text-anchor:end}.middle,.node,.detail{text-anchor:middle}
@@ -66,7 +67,15 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.45}
 details{margin:0 0 12px}summary{cursor:pointer;color:var(--soft);font-size:.92rem;margin-bottom:8px}
 footer{margin-top:46px;padding-top:14px;padding-bottom:40px;border-top:1px solid var(--rule);font-size:.88rem;
 color:var(--soft)}
-@media(max-width:560px){body{font-size:15px}main,header,footer,nav{padding-left:14px;padding-right:14px}
-.tiles{grid-template-columns:repeat(2,1fr)}.tile .value{font-size:1.3rem}h2{margin-top:34px}}
+@media(max-width:560px){.graph svg{width:500px}
+body{font-size:15px}main,header,footer,nav{padding-left:14px;padding-right:14px}
+.tiles{grid-template-columns:repeat(2,1fr)}.tile .value{font-size:1.3rem}
+.tile .value .unit{display:block;line-height:1.3}h2{margin-top:34px}table.facts th{width:8.5rem}
+table.lineage thead{display:none}table.lineage tr{display:grid;grid-template-columns:2rem 1fr;padding:8px 0;
+border-bottom:1px solid var(--grid)}table.lineage td{display:block;border:0;padding:1px 0;grid-column:2}
+table.lineage td.n{grid-column:1;grid-row:1;text-align:left;color:var(--soft)}
+table.lineage td:nth-child(2){font-weight:600}
+table.lineage td:nth-child(3)::before{content:"made from";color:var(--soft);font-size:.84rem}
+table.lineage td:nth-child(4)::before{content:"made ";color:var(--soft);font-size:.84rem}}
 @media print{figure,.tile,.sample{break-inside:avoid}nav{display:none}}
 """

@@ -169,7 +169,7 @@ def write_run(folder: Path) -> Path:
                     "unit": unit,
                     "baseline": baseline,
                     "baseline_name": baseline_name,
-                    "better": "lower",
+                    "better": "lower" if baseline else None,
                 },
             )
         ask = "Write the docstring of this Python function:\ndef add(a, b):"
