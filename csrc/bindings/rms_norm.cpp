@@ -1,0 +1,94 @@
+#include "pe/rms_norm.h"
+
+#include <optional>
+
+#include "bindings/tensor.h"
+
+namespace py = pybind11;
+
+namespace pe {
+namespace {
+
+constexpr Check kCheck{"rms_norm"};
+
+void fwd(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const std::optional<Tensor>& h,
+         const Tensor& y, const std::optional<Tensor>& rstd, float eps, float weight_offset) {
+  kCheck.dtype(x, "x", {DType::f32, DType::bf16});
+  kCheck.shape(x, "x", {-1, -1});
+  const int64_t num_rows = x.shape[0], num_cols = x.shape[1];
+  kCheck.unit_stride(x, "x");
+  kCheck.dtype(weight, "weight", {x.dtype});
+  kCheck.contiguous(kCheck.shape(weight, "weight", {num_cols}), "weight");
+  kCheck.writable(kCheck.rows(y, "y", x.dtype, num_rows, num_cols), "y");
+  if (residual.has_value() != h.has_value())
+    kCheck.fail("h", "an output exactly when there is a residual", "the other");
+  if (residual) {
+    kCheck.rows(*residual, "residual", x.dtype, num_rows, num_cols);
+    kCheck.writable(kCheck.rows(*h, "h", x.dtype, num_rows, num_cols), "h");
+  }
+  if (rstd) {
+    kCheck.dtype(*rstd, "rstd", {DType::f32});
+    kCheck.writable(kCheck.contiguous(kCheck.shape(*rstd, "rstd", {num_rows}), "rstd"), "rstd");
+  }
+  const py::gil_scoped_release release;
+  rms_norm_fwd_cpu({.x = x.data,
+                    .residual = residual ? residual->data : nullptr,
+                    .weight = weight.data,
+                    .h = h ? h->data : nullptr,
+                    .y = y.data,
+                    .rstd = rstd ? rstd->ptr<float>() : nullptr,
+                    .num_rows = num_rows,
+                    .num_cols = num_cols,
+                    .x_row_stride = x.strides[0],
+                    .residual_row_stride = residual ? residual->strides[0] : 0,
+                    .h_row_stride = h ? h->strides[0] : 0,
+                    .y_row_stride = y.strides[0],
+                    .eps = eps,
+                    .weight_offset = weight_offset,
+                    .dtype = x.dtype});
+}
+
+void bwd(const Tensor& grad_y, const std::optional<Tensor>& grad_h_in, const Tensor& h, const Tensor& weight,
+         const Tensor& rstd, const Tensor& grad_h, const Tensor& grad_weight, float weight_offset) {
+  kCheck.dtype(h, "h", {DType::f32, DType::bf16});
+  kCheck.shape(h, "h", {-1, -1});
+  const int64_t num_rows = h.shape[0], num_cols = h.shape[1];
+  kCheck.unit_stride(h, "h");
+  kCheck.rows(grad_y, "grad_y", h.dtype, num_rows, num_cols);
+  if (grad_h_in) kCheck.rows(*grad_h_in, "grad_h_in", h.dtype, num_rows, num_cols);
+  kCheck.dtype(weight, "weight", {h.dtype});
+  kCheck.contiguous(kCheck.shape(weight, "weight", {num_cols}), "weight");
+  kCheck.dtype(rstd, "rstd", {DType::f32});
+  kCheck.contiguous(kCheck.shape(rstd, "rstd", {num_rows}), "rstd");
+  kCheck.writable(kCheck.rows(grad_h, "grad_h", h.dtype, num_rows, num_cols), "grad_h");
+  kCheck.dtype(grad_weight, "grad_weight", {h.dtype});
+  kCheck.writable(kCheck.contiguous(kCheck.shape(grad_weight, "grad_weight", {num_cols}), "grad_weight"),
+                  "grad_weight");
+  const py::gil_scoped_release release;
+  rms_norm_bwd_cpu({.grad_y = grad_y.data,
+                    .grad_h_in = grad_h_in ? grad_h_in->data : nullptr,
+                    .h = h.data,
+                    .weight = weight.data,
+                    .rstd = rstd.ptr<float>(),
+                    .grad_h = grad_h.data,
+                    .grad_weight = grad_weight.data,
+                    .num_rows = num_rows,
+                    .num_cols = num_cols,
+                    .grad_y_row_stride = grad_y.strides[0],
+                    .grad_h_in_row_stride = grad_h_in ? grad_h_in->strides[0] : 0,
+                    .h_row_stride = h.strides[0],
+                    .grad_h_row_stride = grad_h.strides[0],
+                    .weight_offset = weight_offset,
+                    .dtype = h.dtype});
+}
+
+}  // namespace
+
+void bind_rms_norm(py::module_& m) {
+  m.def("rms_norm_fwd_cpu", fwd, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("h"), py::arg("y"),
+        py::arg("rstd"), py::arg("eps"), py::arg("weight_offset"));
+  m.def("rms_norm_bwd_cpu", bwd, py::arg("grad_y"), py::arg("grad_h_in"), py::arg("h"), py::arg("weight"),
+        py::arg("rstd"), py::arg("grad_h"), py::arg("grad_weight"), py::arg("weight_offset"));
+}
+
+}  // namespace pe

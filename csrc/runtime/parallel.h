@@ -1,0 +1,55 @@
+// The thread pool: persistent workers, no OpenMP. The calling thread is worker 0.
+//
+// Results never depend on who runs a chunk: bodies write disjoint outputs and reduce in an order fixed by indices.
+// Calls from several threads take turns; a call from inside a body runs alone in its thread. After fork() the child
+// starts its own workers on first use.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+namespace pe {
+
+// Threads in use: set_num_threads, else PYENGINE_NUM_THREADS, else what affinity mask and cgroup quota allow.
+int num_threads();
+// Expects 1 <= count <= kMaxThreads; throws ArgumentError otherwise.
+void set_num_threads(int count);
+constexpr int kMaxThreads = 256;
+
+// What affinity mask and cgroup CPU quota allow. `cgroup_root` is a parameter for tests.
+int available_cpus(const char* cgroup_root = "/sys/fs/cgroup");
+
+namespace detail {
+using RangeFn = void (*)(const void* body, int64_t begin, int64_t end);
+void parallel_for(int64_t n, int64_t grain, const void* body, RangeFn call);
+using WorkerFn = void (*)(const void* body, int worker, int num_workers);
+void parallel_region(const void* body, WorkerFn call);
+}  // namespace detail
+
+// Calls body(begin, end) for disjoint ranges that cover [0, n), each of `grain` indices but the last, claimed one by
+// one.
+template <class Body>
+void parallel_for(int64_t n, int64_t grain, const Body& body) {
+  detail::parallel_for(n, grain, &body,
+                       [](const void* b, int64_t begin, int64_t end) { (*static_cast<const Body*>(b))(begin, end); });
+}
+
+// Calls body(worker, num_workers) once on every worker; for phases separated by a SpinBarrier.
+template <class Body>
+void parallel_region(const Body& body) {
+  detail::parallel_region(
+      &body, [](const void* b, int worker, int num_workers) { (*static_cast<const Body*>(b))(worker, num_workers); });
+}
+
+// Sense-reversing barrier for the workers of one region; spins for a bounded time, then sleeps.
+class SpinBarrier {
+ public:
+  explicit SpinBarrier(int num_workers) : num_workers_(num_workers) {}
+  void wait();
+
+ private:
+  const int num_workers_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+}  // namespace pe
