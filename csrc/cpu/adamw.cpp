@@ -32,6 +32,8 @@ AdamwFactors factors_of(const Adamw& a) {
 
 }  // namespace
 
+const AdamwIsa& adamw_isa() { return select(kIsas); }
+
 void adamw_cpu(const Adamw& args) {
   const AdamwIsa& isa = select(kIsas);
   const AdamwFactors factors = factors_of(args);

@@ -20,6 +20,8 @@ constexpr int64_t kAnglesPerTask = 1024;
 
 }  // namespace
 
+const RopeIsa& rope_isa() { return select(kIsas); }
+
 void rope_cpu(const Rope& args) {
   for (int64_t t = 0; t < args.num_tokens; ++t) {
     const int32_t position = args.positions[t];

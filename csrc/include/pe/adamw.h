@@ -67,5 +67,6 @@ struct AdamwIsa {
   float (*sum_of_squares)(const SumOfSquares& args, int64_t begin, int64_t end);
 };
 PE_DECLARE_ISA_TABLE(AdamwIsa, adamw);
+const AdamwIsa& adamw_isa();  // of the level in use
 
 }  // namespace pe

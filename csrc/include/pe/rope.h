@@ -44,5 +44,6 @@ struct RopeIsa {
   void (*rotate)(const Rope& args, int64_t token_begin, int64_t token_end);
 };
 PE_DECLARE_ISA_TABLE(RopeIsa, rope);
+const RopeIsa& rope_isa();  // of the level in use
 
 }  // namespace pe
