@@ -225,6 +225,9 @@ def test_split_is_of_the_file_and_has_the_asked_share(tmp_path: Path) -> None:
     corpus = build_corpus(tmp_path, filters=SMALL, held_out_share=0.5)
     pairs = signature_docstring_pairs(tmp_path, filters=SMALL, held_out_share=0.5)
     sides = [{item.source for item in side} for side in (corpus.train, corpus.held_out)]
+    for name in ("train", "held_out"):
+        for item in [*getattr(corpus, name), *getattr(pairs, name)]:
+            assert split_of(item.metadata["file"], 0.5) == name
     assert all(sides)
     assert not sides[0] & sides[1]
     assert not {item.source for item in pairs.train} & sides[1]
