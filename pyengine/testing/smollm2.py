@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ def smollm2_gguf() -> Path:
     return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
 
+@functools.cache
 def read_smollm2_metadata() -> dict[str, Any]:
     """Metadata as plain Python values, read by the package gguf."""
     gguf = pytest.importorskip("gguf")

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import ModelFileError
-from pyengine.testing.smollm2 import smollm2_gguf
 from pyengine.tokenizer import Tokenizer
 from pyengine.tokenizer.gguf import GgufTokenizerReader
 from pyengine.tokenizer.stream import token_bytes
@@ -52,18 +51,8 @@ def tokenizer(smollm2_metadata: dict[str, Any]) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Any:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    from tokenizers import pre_tokenizers
-
-    path = smollm2_gguf()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    # transformers reads vocabulary, merges and special tokens, and leaves out the split of digits that "smollm" means.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    return tokenizer
+def oracle(smollm2_transformers: Any) -> Any:
+    return smollm2_transformers
 
 
 def real_texts() -> list[str]:
