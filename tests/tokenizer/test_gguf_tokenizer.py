@@ -11,6 +11,7 @@ import unittest.mock
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -184,6 +185,9 @@ TINY: dict[str, Any] = {
         ({"tokens": []}, "tokens"),
         ({"tokens": ["a", 1]}, "tokens"),
         ({"tokens": ["a"] * 11}, "tokens"),
+        ({"tokens": ["a", "\udcff"]}, "tokens"),
+        ({"token_type": np.ones(11)}, "token_type"),
+        ({"token_type": np.ones((11, 1), np.int32)}, "token_type"),
         ({"token_type": [1]}, "token_type"),
         ({"token_type": [1.0] * 11}, "token_type"),
         ({"token_type": [7] * 11}, "token_type"),
@@ -214,6 +218,11 @@ def test_bos_and_eos_flags() -> None:
     tokenizer = Tokenizer.from_gguf(TINY | flags)
     assert tokenizer.encode("ab") == [0, 5, 1]
     assert tokenizer.encode("ab", add_special_tokens=False) == [5]
+
+
+def test_types_may_be_an_array() -> None:
+    types = np.asarray(TINY["tokenizer.ggml.token_type"], np.int32)
+    assert Tokenizer.from_gguf(TINY | {"tokenizer.ggml.token_type": types}).encode("a<tool>b<s>") == [3, 2, 4, 0]
 
 
 def test_user_defined_tokens_are_kept_in_text() -> None:
