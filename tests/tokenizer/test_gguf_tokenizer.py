@@ -92,6 +92,13 @@ def test_ids_are_those_of_transformers(tokenizer: Tokenizer, oracle: Any) -> Non
         assert tokenizer.encode(text) == ids, text
 
 
+def test_merges_are_those_of_transformers(smollm2_metadata: dict[str, Any], oracle: Any) -> None:
+    expected = json.loads(oracle.backend_tokenizer.to_str())["model"]["merges"]
+    merges = GgufTokenizerReader(smollm2_metadata, "model.gguf").description()["model"]["merges"]
+    assert len(merges) == 48900
+    assert merges == expected
+
+
 def test_vocabulary_is_that_of_transformers(tokenizer: Tokenizer, oracle: Any) -> None:
     vocab = oracle.get_vocab()
     assert tokenizer.vocab_size == len(vocab) == 49152

@@ -264,15 +264,21 @@ def test_threads_and_forks_share_a_template() -> None:
         thread.join()
     assert results == {number: str(number) * 1000 for number in range(8)}
 
+    renderer = template._process._child
+    assert renderer is not None
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            code = 0 if template.render([{"role": "user", "content": "child"}]) == "child" else 1
+            text = template.render([{"role": "user", "content": "child"}])
+            # A renderer shared by two processes would mix their answers.
+            own = template._process._child
+            code = 0 if text == "child" and own is not None and own.pid != renderer.pid else 1
         finally:
             os._exit(code)
     assert template.render([{"role": "user", "content": "parent"}]) == "parent"
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert template._process._child is renderer
     assert template.render([{"role": "user", "content": "parent"}]) == "parent"
 
 
