@@ -200,13 +200,8 @@ void tile_of(const Matmul& a, int64_t row_begin, int64_t row_end, int64_t panel_
   // One tile of rows reads each panel once and in one stream.
   const int64_t chunk = row_end - row_begin <= 6 ? 4 : fitting;
   for (int64_t p = panel_begin; p < panel_end; p += chunk)
-    for (int64_t row = row_begin; row < row_end;) {
-      // Tiles of equal height: 13 rows are 7 + 6, not 12 + 1.
-      const int64_t left = row_end - row, tiles = (left + kMaxRows - 1) / kMaxRows;
-      const int64_t num_rows = (left + tiles - 1) / tiles;
-      row_tile<W>(a, row, num_rows, p, min(p + chunk, panel_end));
-      row += num_rows;
-    }
+    for (int64_t row = row_begin; row < row_end; row += kMaxRows)
+      row_tile<W>(a, row, min(kMaxRows, row_end - row), p, min(p + chunk, panel_end));
 }
 
 void tile(const Matmul& a, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {

@@ -4,8 +4,7 @@
 // Backward   grad_x[m,k] = sum_n(grad_y[m,n] * w[n,k])          the same product on w transposed
 //            grad_w[n,k] = sum_m(grad_y[m,n] * x[m,k])          the same product on grad_y and x transposed
 // Shapes     x [M, K] and w [N, K]: any strides, in elements; y [M, N]: unit column stride
-//            packed [ceil(N / kMatmulPanel)][K][kMatmulPanel]: panels of rows of w, column by column; missing rows are
-//            0
+//            packed [ceil(N / kMatmulPanel)][K][kMatmulPanel]: panels of rows of w, column by column, padded with 0
 // Numerics   f32 | bf16 for each of x, w and y; f32 arithmetic; one rounding, at the store
 // Writes     y is overwritten (=), or added to (+=) with accumulate, which takes y in f32; y may not overlap an input
 // Order      each y[m,n] is one fixed expression, whatever M, N, threads and split: K is cut at multiples of
