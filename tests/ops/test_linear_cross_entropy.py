@@ -14,8 +14,9 @@ from pyengine.testing import LAYOUTS, assert_accurate, assert_same_bits, force_n
 from pyengine.testing.guard import guarded
 
 DTYPES = [torch.float32, torch.bfloat16]
-# (T, C, V): single elements; vocabularies below, at and above a vector, a panel and a block; several tiles of tokens.
-SIZES = [(1, 1, 1), (3, 17, 33), (13, 64, 511), (50, 65, 512), (49, 40, 1100), (0, 4, 5)]
+# (T, C, V): one element; vocabularies below, at and above a vector, a panel and a block; several tiles of tokens. With a
+# handful of tokens all errors hang on the roundings of so few lse that they compare luck, not accuracy.
+SIZES = [(1, 1, 1), (9, 17, 33), (13, 64, 511), (50, 65, 512), (49, 40, 1100), (0, 4, 5)]
 
 
 def _inputs(num_tokens, num_channels, vocab_size, dtype=torch.float32, num_ignored=2):
@@ -64,7 +65,9 @@ def test_takes_leading_dimensions_and_both_integer_types(isa):
     flat = linear_cross_entropy(x, w, targets)
     shaped = linear_cross_entropy(x.view(2, 3, 4, 20), w, targets.int().view(2, 3, 4))
     assert_same_bits(shaped, flat.view(2, 3, 4))
-    assert_same_bits(linear_cross_entropy(x[3], w, targets[3]), flat[3])
+    single = linear_cross_entropy(x[3], w, targets[3])
+    assert single.shape == ()
+    assert_same_bits(single[None], flat[3:4])
 
 
 def test_other_ignore_index(isa):
@@ -159,7 +162,7 @@ def test_row_lse(isa, num_logits):
     logits = torch.randn(8, num_logits) * 5
     logits[1] += 1e4
     logits[2] -= 1e4
-    logits[3, ::2] = float("-inf")
+    logits[3, 1::2] = float("-inf")
     logits[4] *= 1000
     assert_accurate(_row_lse(logits), logits.double().logsumexp(1), logits.logsumexp(1))
 
@@ -215,6 +218,12 @@ def test_never_holds_all_logits():
         check=False,
     )
     assert child.stdout.split("\n")[:2] == ["logits do not fit", "done"], child.stderr
+
+
+def test_the_reference_is_cross_entropy():
+    x, w, targets = _inputs(9, 20, 50, torch.float64)
+    expected = torch.nn.functional.cross_entropy(x @ w.t(), targets, reduction="none")
+    torch.testing.assert_close(reference(x, w, targets), expected)
 
 
 def test_gradcheck_of_the_reference():
