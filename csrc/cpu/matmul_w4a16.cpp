@@ -15,6 +15,8 @@ constexpr IsaEntry<MatmulW4A16Isa> kIsas[] = {PE_ISA_ENTRIES_VECTOR(matmul_w4a16
 
 }  // namespace
 
+const MatmulW4A16Isa& matmul_w4a16_isa() { return select(kIsas); }
+
 void matmul_w4a16_cpu(const MatmulW4A16& original) {
   const MatmulW4A16Isa& isa = select(kIsas);
   MatmulW4A16 args = original;

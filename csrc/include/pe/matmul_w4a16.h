@@ -50,5 +50,6 @@ struct MatmulW4A16Isa {
   void (*tile)(const MatmulW4A16& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
 };
 PE_DECLARE_ISA_TABLE(MatmulW4A16Isa, matmul_w4a16);
+const MatmulW4A16Isa& matmul_w4a16_isa();  // of the level in use
 
 }  // namespace pe
