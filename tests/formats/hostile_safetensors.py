@@ -138,7 +138,7 @@ LOADS: dict[str, bytes] = {
     "no tensors": pack("{}"),
     "valid": VALID,
     "padded with spaces": pack("{}      "),
-    "spaces everywhere": pack('{ "t" : { "dtype" : "F32" ,\n\t"shape" : [ 1 ] , "data_offsets" : [ 0, 4 ] } }', bytes(4)),
+    "spaces everywhere": pack('{ "t" : { "dtype" : "F32" ,\n\t"shape" : [ 1 ] , "data_offsets" : [0,4] } }', bytes(4)),
     "rank 0": pack({"t": info("F32", [], 0, 4)}, bytes(4)),
     "zero size": pack({"t": info("F32", [0, 3], 0, 0)}),
     "zero sizes around data": pack(
