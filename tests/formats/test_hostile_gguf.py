@@ -17,12 +17,9 @@ from tests.formats.gguf_builder import (
     small_valid_file,
     tensor,
 )
-from tests.formats.hostile_gguf import BROKEN, LOADS, UPSTREAM
+from tests.formats.hostile_gguf import BROKEN, LOADS, UPSTREAM, field_of
 
-FIELDS = {"magic", "version", "n_tensors", "n_kv", "metadata", "tensors", "general.alignment", "general.name[0]",
-          "general.tags[1]", "metadata[0].key", "tensors[0].name", "tensors[2].name"}  # fmt: skip
 CONVERTED = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
-PARTS = {"type", "element_type", "length", "n_dims", "shape", "offset"}
 
 
 def load(path, content: bytes):
@@ -46,8 +43,6 @@ def assert_refused(path, content: bytes) -> ModelFileError:
     error = caught.value
     assert error.path == str(path)
     assert 0 <= error.offset <= len(content)
-    # A field of the format, or a key or tensor of the file with the part that is wrong.
-    assert error.field in FIELDS | {"k", "k[0]"} or error.field.rpartition(".")[2] in PARTS
     return error
 
 
@@ -57,41 +52,17 @@ def test_upstream_case(tmp_path, name):
     if loads:
         load(tmp_path / "f.gguf", content)
     else:
-        assert_refused(tmp_path / "f.gguf", content)
+        assert assert_refused(tmp_path / "f.gguf", content).field == field_of(name)
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_file(tmp_path, name):
-    assert_refused(tmp_path / "f.gguf", BROKEN[name])
+    assert assert_refused(tmp_path / "f.gguf", BROKEN[name]).field == field_of(name)
 
 
 @pytest.mark.parametrize("name", LOADS)
 def test_odd_file_loads(tmp_path, name):
     load(tmp_path / "f.gguf", LOADS[name])
-
-
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("HEADER_BAD_N_KV", "n_kv"),
-        ("KV_DUPLICATE_KEY", "metadata"),
-        ("KV_WRONG_TYPE_ALIGN", "general.alignment"),
-        ("TENSORS_BAD_N_DIMS", "my_tensor.n_dims"),
-        ("TENSORS_NBYTES_TOO_BIG", "my_tensor.shape"),
-        ("TENSORS_INCONSISTENT_ALIGN", "my_tensor_1.offset"),
-        ("DATA_NOT_ENOUGH_DATA", "my_tensor_1.offset"),
-        ("CVE-2026-33298 bytes of type 2", "t.shape"),
-        ("padding wraps to zero", "t.shape"),
-        ("padding wraps below 2^63", "t.offset"),
-        ("alignment 2^31", "general.alignment"),
-        ("43-byte file, array of 2^63", "k.length"),
-        ("overlap", "b.offset"),
-        ("zero hides a product", "t.shape"),
-    ],
-)
-def test_field_and_offset_are_those_of_the_fault(tmp_path, name, field):
-    content = UPSTREAM[name][0] if name in UPSTREAM else BROKEN[name]
-    assert assert_refused(tmp_path / "f.gguf", content).field == field
 
 
 def test_every_truncation(tmp_path):
