@@ -5,11 +5,14 @@
 
 #include "cpu/radix_sort.h"
 #include "cpu/sample_layout.h"
+#include "simd/for_each_vec.h"
 #include "simd/log_softmax.h"
 #include "simd/row_max.h"
 
 namespace pe::PE_ISA {
 namespace {
+
+constexpr int64_t kWeightBlock = 4096;  // weights whose sum is taken in f32
 
 // --- ranking: (value descending, id ascending) is the descending order of one integer
 // ---------------------------------
@@ -80,12 +83,12 @@ inline float block_sum(const float* weights, int64_t n) {
 }
 
 inline int64_t block_length(int64_t begin, int64_t n) {
-  return n - begin < kLogSumExpBlock ? n - begin : kLogSumExpBlock;
+  return n - begin < kWeightBlock ? n - begin : kWeightBlock;
 }
 
 double total_weight(const float* weights, int64_t n) {
   double total = 0.0;
-  for (int64_t b = 0; b < n; b += kLogSumExpBlock)
+  for (int64_t b = 0; b < n; b += kWeightBlock)
     total += static_cast<double>(block_sum(weights + b, block_length(b, n)));
   return total;
 }
@@ -95,7 +98,7 @@ int64_t draw(const float* weights, int64_t n, double u) {
   const double target = u * total_weight(weights, n);
   double running = 0.0;
   int64_t end = n;
-  for (int64_t b = 0; b < n; b += kLogSumExpBlock) {
+  for (int64_t b = 0; b < n; b += kWeightBlock) {
     const int64_t length = block_length(b, n);
     const double after = running + static_cast<double>(block_sum(weights + b, length));
     if (after > target) {

@@ -202,7 +202,8 @@ class LLM:
                 for sequence in running:
                     if sequence.failure is not None:
                         raise sequence.failure
-                running = [sequence for sequence in running if sequence.finish_reason is None]
+                # Another caller's step may have finished a sequence whose last pieces are still to be taken.
+                running = [sequence for sequence in running if sequence.finish_reason is None or sequence.inbox]
         finally:
             with self._lock:
                 for sequence in sequences:

@@ -104,6 +104,8 @@ class GgufSource:
         return Tokenizer.from_gguf(self._metadata, path=self.path)
 
     def chat_template(self) -> ChatTemplate | None:
+        if "tokenizer.chat_template" not in self._metadata:
+            return None
         return ChatTemplate.from_gguf(self._metadata, path=self.path)
 
 
@@ -159,4 +161,9 @@ class FolderSource:
         return Tokenizer.from_folder(self.path)
 
     def chat_template(self) -> ChatTemplate | None:
+        folder = Path(self.path)
+        config = folder / "tokenizer_config.json"
+        has_own = config.exists() and "chat_template" in read_json_object(config, max_bytes=MAX_INDEX_BYTES)
+        if not has_own and not (folder / "chat_template.jinja").exists():
+            return None
         return ChatTemplate.from_folder(self.path)

@@ -67,7 +67,7 @@ def test_stop_string_ends_the_text_before_it(llm):
 
 def test_end_token_ends_the_text_and_is_not_part_of_it(llm):
     first = llm.generate([[5, 9, 200]], GREEDY)[0].token_ids
-    stopped = llm.generate([[5, 9, 200]], SamplingParams(max_tokens=20, stop_token_ids=(first[3],)))[0]
+    stopped = llm.generate([[5, 9, 200]], SamplingParams(max_tokens=20, stop_token_ids=(first[3],), ignore_eos=True))[0]
     assert stopped.token_ids == first[: first.index(first[3])]
     assert stopped.finish_reason == "stop"
 
