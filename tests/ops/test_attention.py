@@ -96,7 +96,7 @@ def test_sliding_window(isa, window):
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_segments_match_reference(data):
-    lengths = data.draw(st.lists(st.integers(0, 90), max_size=6), "lengths")
+    lengths = data.draw(st.lists(st.integers(0, 90), min_size=1, max_size=6), "lengths")
     causal = data.draw(st.booleans(), "causal")
     window = data.draw(st.none() | st.integers(1, 100), "window") if causal else None
     dtype = data.draw(st.sampled_from([F32, BF16]), "dtype")
