@@ -309,12 +309,21 @@ struct KvBlock {
   int64_t v_row_stride;
 };
 
+// v[0] op v[1] op ... op v[N - 1], lane by lane, in halves.
+template <int N, class Op>
+static inline VecF tree(const VecF* v, const Op& op) {
+  if constexpr (N == 1)
+    return v[0];
+  else
+    return op(tree<N / 2>(v, op), tree<N / 2>(v + N / 2, op));
+}
+
 // One block of one row: turns scores into weights in place and brings maximum and lane sums up to date. Returns the
 // factor for what acc holds.
 static inline float softmax_row(const ForwardRows& rows, int64_t r, int lo, int hi, VecF scale, float* scores) {
   constexpr int kVecs = kBlockKeys / VecF::size;
   const VecF lowest = set1(-INFINITY);
-  VecF s[kVecs], top[kVecs];
+  VecF s[kVecs];
   if (lo == 0 && hi == kBlockKeys) {
     PE_UNROLL for (int i = 0; i < kVecs; ++i) s[i] = mul(load(scores + i * VecF::size), scale);
   } else {
@@ -327,10 +336,7 @@ static inline float softmax_row(const ForwardRows& rows, int64_t r, int lo, int 
       s[i] = select_gt(index, before, select_gt(after, index, score, lowest), lowest);
     }
   }
-  PE_UNROLL for (int i = 0; i < kVecs; ++i) top[i] = s[i];
-  for (int width = kVecs / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) top[i] = max(top[i], top[i + width]);
-  const float block_max = max_lane(top[0]), old_max = rows.max[r];
+  const float block_max = max_lane(tree<kVecs>(s, [](VecF a, VecF b) { return max(a, b); })), old_max = rows.max[r];
   const float new_max = block_max > old_max ? block_max : old_max;
   // Where every score so far is -inf, nothing is subtracted: the weights are exp(-inf), not NaN.
   const float base = new_max == -INFINITY ? 0.0f : new_max;
@@ -339,13 +345,12 @@ static inline float softmax_row(const ForwardRows& rows, int64_t r, int lo, int 
     s[i] = exp(sub(s[i], set1(base)));
     store(scores + i * VecF::size, s[i]);
   }
-  for (int width = kVecs / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) s[i] = add(s[i], s[i + width]);
 
+  const VecF total = tree<kVecs>(s, [](VecF a, VecF b) { return add(a, b); });
   alignas(64) float factor[VecF::size];
   store(factor, exp(set1(old_max - base)));
   float* lane_sums = rows.lane_sums + r * kLaneKeys;
-  store(lane_sums, fma(load(lane_sums), load(factor), s[0]));
+  store(lane_sums, fma(load(lane_sums), load(factor), total));
   rows.max[r] = new_max;
   return factor[0];
 }
