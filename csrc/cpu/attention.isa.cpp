@@ -106,8 +106,7 @@ void fwd_items(const AttentionFwd& a, const AttentionWork& work, int64_t item_be
   }
 }
 
-// --- backward
-// ---------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
 
 // The state of one backward walk: rows are queries that meet keys, or keys that meet queries.
 // attention_scratch_bytes(num_rows, head_dim, true) holds it.
@@ -147,6 +146,7 @@ template <class T, class StatisticsFn>
 void walk_backward(const BackwardRows& rows, const Opposite<T>& opposite, int64_t head_dim, VecF scale,
                    const StatisticsFn& statistics) {
   alignas(64) float p[kTileRows][kBlockKeys], ds[kTileRows][kBlockKeys];
+  const float ones[kTileRows] = {1, 1, 1, 1, 1, 1};
   for_each_block(rows.ranges, [&](int64_t base, int64_t begin, int64_t end, const auto& visit) {
     const T *score_lanes[kLaneBlocks] = {}, *weight_lanes[kLaneBlocks] = {};
     const T *score_rows[kLaneBlocks] = {}, *weight_rows[kLaneBlocks] = {};
@@ -180,8 +180,8 @@ void walk_backward(const BackwardRows& rows, const Opposite<T>& opposite, int64_
           }
         }
         if (opposite.weight_rows)
-          accumulate_tile<R>(tile, p, weight_rows, opposite.weight_row_stride, head_dim, grad_weight);
-        accumulate_tile<R>(tile, ds, score_rows, opposite.score_row_stride, head_dim, grad_score);
+          accumulate_tile<R>(tile, p, weight_rows, opposite.weight_row_stride, head_dim, ones, grad_weight);
+        accumulate_tile<R>(tile, ds, score_rows, opposite.score_row_stride, head_dim, ones, grad_score);
       });
     });
   });
@@ -196,19 +196,37 @@ int64_t statistics_offset(const AttentionFwd& a, const Segment& segment, int64_t
   return head * (a.num_tokens + kBlockKeys) + segment.begin;
 }
 
+// The chains of dot_tile, so that a row of one key, where grad_y * v and delta cancel, has no gradient of its scores.
 template <class T>
 void delta_rows(const AttentionBwd& b, const AttentionWork& work, int64_t token_begin, int64_t token_end) {
   const AttentionFwd& a = b.fwd;
   for (int64_t t = token_begin; t < token_end; ++t) {
-    for (int64_t head = 0; head < a.num_heads; ++head) {
-      const T* y = static_cast<const T*>(a.y) + t * a.y_row_stride + head * a.y_head_stride;
-      const T* grad_y = static_cast<const T*>(b.grad_y) + t * b.grad_y_row_stride + head * b.grad_y_head_stride;
-      VecF acc = set1(0.0f);
-      int64_t d = 0;
-      for (; d + VecF::size <= a.head_dim; d += VecF::size) acc = fma(load(y + d), load(grad_y + d), acc);
-      if (d < a.head_dim) acc = fma(load(y + d, a.head_dim - d), load(grad_y + d, a.head_dim - d), acc);
-      work.delta[head * (a.num_tokens + kBlockKeys) + t] = sum(acc);
-      work.lse[head * (a.num_tokens + kBlockKeys) + t] = a.lse[t * a.num_heads + head];
+    for (int64_t head_begin = 0; head_begin < a.num_heads; head_begin += kTileRows) {
+      const int count = static_cast<int>(min_of(a.num_heads - head_begin, kTileRows));
+      with_count(count, [&]<int R>(Count<R>) {
+        float y[R][kAttentionMaxHeadDim], grad_y[R][kAttentionMaxHeadDim];
+        VecF total[R];
+        for (int r = 0; r < R; ++r) {
+          const int64_t head = head_begin + r;
+          load_row(static_cast<const T*>(a.y) + t * a.y_row_stride + head * a.y_head_stride, a.head_dim, y[r]);
+          load_row(static_cast<const T*>(b.grad_y) + t * b.grad_y_row_stride + head * b.grad_y_head_stride, a.head_dim,
+                   grad_y[r]);
+        }
+        for (int64_t d0 = 0; d0 < a.head_dim; d0 += kDotChain) {
+          VecF chain[R];
+          for (int r = 0; r < R; ++r) chain[r] = set1(0.0f);
+          for (int64_t d = d0; d < min_of(d0 + kDotChain, a.head_dim); ++d)
+            PE_UNROLL for (int r = 0; r < R; ++r) chain[r] = fma(set1(grad_y[r][d]), set1(y[r][d]), chain[r]);
+          for (int r = 0; r < R; ++r) total[r] = d0 == 0 ? chain[r] : add(total[r], chain[r]);
+        }
+        for (int r = 0; r < R; ++r) {
+          alignas(64) float delta[VecF::size];
+          store(delta, total[r]);
+          const int64_t i = (head_begin + r) * (a.num_tokens + kBlockKeys) + t;
+          work.delta[i] = delta[0];
+          work.lse[i] = a.lse[t * a.num_heads + head_begin + r];
+        }
+      });
     }
   }
 }
