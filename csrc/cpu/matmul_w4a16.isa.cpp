@@ -2,6 +2,7 @@
 #include "pe/matmul_w4a16.h"
 
 #include "simd/panel.h"
+#include "simd/panel_store.h"
 
 namespace pe::PE_ISA {
 namespace {
@@ -30,13 +31,16 @@ Rows prepared_rows(const MatmulW4A16& a) {
 
 // --- one group of weights --------------------------------------------------------------------------------------------
 
-// Four codes of one vector of words, k = first ... first + 3, as floats.
-struct FourCodes {
-  PanelF code[4];
+// Consecutive codes, as floats.
+template <int count>
+struct CodeRun {
+  PanelF code[count];
 };
 
+// The codes first ... first + 3: one vector of words.
+
 template <BlockFormat format>
-[[gnu::always_inline]] inline FourCodes decode(const uint8_t* group, int first) {
+[[gnu::always_inline]] inline CodeRun<4> decode(const uint8_t* group, int first) {
   if constexpr (format == BlockFormat::q8_0) {
     const Codes codes = load_codes(group + first * kPanelRows);
     return {{byte<0>(codes), byte<1>(codes), byte<2>(codes), byte<3>(codes)}};
@@ -50,17 +54,17 @@ template <BlockFormat format>
 struct PackedGroup {
   const uint8_t* first;  // of the first panel
   int64_t panel_stride;
-  [[gnu::always_inline]] FourCodes codes(int panel, int k) const {
+  static constexpr int kRun = 4;
+  [[gnu::always_inline]] CodeRun<kRun> codes(int panel, int k) const {
     return decode<format>(first + panel * panel_stride, k);
   }
 };
 
 struct DecodedGroup {
-  const float* first;  // [panel][k][16]
-  [[gnu::always_inline]] FourCodes codes(int panel, int k) const {
-    const float* at = first + (panel * kBlockSize + k) * kPanelRows;
-    return {{panel_load(at), panel_load(at + kPanelRows), panel_load(at + 2 * kPanelRows),
-             panel_load(at + 3 * kPanelRows)}};
+  const float* first;             // [panel][k][16]
+  static constexpr int kRun = 1;  // no more: the sums need the registers
+  [[gnu::always_inline]] CodeRun<kRun> codes(int panel, int k) const {
+    return {{panel_load(first + (panel * kBlockSize + k) * kPanelRows)}};
   }
 };
 
@@ -84,13 +88,13 @@ template <int num_rows, int num_panels, class Group>
   PE_UNROLL for (int r = 0; r < num_rows; ++r) {
     PE_UNROLL for (int p = 0; p < num_panels; ++p) s[r][p] = panel_set1(0.0f);
   }
-  for (int k = 0; k < kBlockSize; k += 4) {
-    FourCodes four[num_panels];
-    PE_UNROLL for (int p = 0; p < num_panels; ++p) four[p] = group.codes(p, k);
-    PE_UNROLL for (int i = 0; i < 4; ++i) {
+  for (int k = 0; k < kBlockSize; k += Group::kRun) {
+    CodeRun<Group::kRun> run[num_panels];
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) run[p] = group.codes(p, k);
+    PE_UNROLL for (int i = 0; i < Group::kRun; ++i) {
       PE_UNROLL for (int r = 0; r < num_rows; ++r) {
         const PanelF value = panel_set1(x[r * x_row_stride + k + i]);
-        PE_UNROLL for (int p = 0; p < num_panels; ++p) s[r][p] = fma(four[p].code[i], value, s[r][p]);
+        PE_UNROLL for (int p = 0; p < num_panels; ++p) s[r][p] = fma(run[p].code[i], value, s[r][p]);
       }
     }
   }
@@ -102,17 +106,6 @@ template <BlockFormat format>
   const PanelF sum = fma(scales.d, s, total);
   if constexpr (format == BlockFormat::q4_1) return fma(scales.m, panel_set1(*sum_x), sum);
   return sum;
-}
-
-template <class T>
-void store_panel(const MatmulW4A16& a, int64_t row, int64_t panel, const PanelF& total) {
-  T* y = static_cast<T*>(a.y) + row * a.y_row_stride + panel * kPanelRows;
-  const int64_t left = a.weight.num_rows - panel * kPanelRows;
-  left >= kPanelRows ? panel_store(y, total) : panel_store(y, total, left);
-}
-
-void store_panel(const MatmulW4A16& a, int64_t row, int64_t panel, const PanelF& total) {
-  a.y_dtype == DType::f32 ? store_panel<float>(a, row, panel, total) : store_panel<bf16>(a, row, panel, total);
 }
 
 // --- few rows: weights go from the stream to the sums
@@ -192,8 +185,8 @@ void block_panels(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int6
       prefetch<group_bytes>(group + kPrefetchBytes / num_panels);
       scales[p] = load_scales<format>(group);
       for (int k = 0; k < kBlockSize; k += 4) {
-        const FourCodes four = decode<format>(group, k);
-        PE_UNROLL for (int i = 0; i < 4; ++i) panel_store(buffers.codes[p][k + i], four.code[i]);
+        const CodeRun<4> run = decode<format>(group, k);
+        PE_UNROLL for (int i = 0; i < 4; ++i) panel_store(buffers.codes[p][k + i], run.code[i]);
       }
     }
     int64_t row = row_begin;
