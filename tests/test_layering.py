@@ -7,7 +7,7 @@ import pytest
 from rules import ROOT, tracked
 
 # What each package may import besides itself, `errors` and the version in `pyengine`.
-CORE = {"_C", "spec", "ledger", "families", "tokenizer", "formats"}
+CORE = {"_C", "spec", "jsonfile", "ledger", "families", "tokenizer", "formats"}
 TORCH = CORE | {"reference", "ops", "nn", "optim", "models", "train"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -119,3 +119,16 @@ def test_isa_sources_include_no_standard_library(path):
 def test_only_ops_testing_and_inference_touch_the_native_module():
     users = {package_of(p) for p in FILES if any(name.endswith("pyengine._C") for name in imports(p))}
     assert users <= {"ops", "testing", "infer", "formats", "tokenizer"}
+
+
+def rows_of_layout():
+    """The rows `| name | ... | what it may import |` of docs/layout.md: name -> (marked as free of torch, imports)."""
+    text = (ROOT / "docs/layout.md").read_text()
+    found = re.findall(r"^\| `([\w/]+)`(\*?) \|.*\|([^|]*)\|$", text, re.MULTILINE)
+    return {name: (star == "*", set(re.findall(r"`(\w+)`", cell))) for name, star, cell in found}
+
+
+def test_the_document_shows_these_tables():
+    rows = rows_of_layout()
+    assert {name: imports for name, (_, imports) in rows.items()} == ALLOWED | NATIVE
+    assert {name for name, (no_torch, _) in rows.items() if no_torch} == NO_TORCH

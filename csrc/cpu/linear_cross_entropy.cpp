@@ -106,6 +106,8 @@ std::vector<char> pack_transposed(const void* matrix, int64_t row_stride, int64_
 
 }  // namespace
 
+const LinearCrossEntropyIsa& linear_cross_entropy_isa() { return select(kIsas); }
+
 float row_lse_cpu(const float* logits, int64_t num_logits) { return select(kIsas).row_lse(logits, num_logits); }
 
 void linear_cross_entropy_fwd_cpu(const LinearCrossEntropyFwd& args) {

@@ -35,6 +35,8 @@ int64_t panels_per_task(int64_t depth) {
 
 }  // namespace
 
+const MatmulIsa& matmul_isa() { return select(kIsas); }
+
 int64_t matmul_num_panels(int64_t num_rows) { return num_rows / kMatmulPanel + (num_rows % kMatmulPanel != 0); }
 
 size_t matmul_packed_bytes(int64_t num_rows, int64_t num_cols, DType packed_dtype) {

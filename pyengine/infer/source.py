@@ -68,9 +68,10 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = str(path)
         self._file: GgufReader = open_gguf(path)
+        self._metadata = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._file.metadata.items()}
         rope_freqs = self._file.dequantize("rope_freqs.weight") if "rope_freqs.weight" in self._file else None
         try:
-            self.spec = spec_from_gguf(self._file.metadata, list(self._file), rope_freqs=rope_freqs)
+            self.spec = spec_from_gguf(self._metadata, list(self._file), rope_freqs=rope_freqs)
         except ArgumentError as error:
             field, _, message = str(error).partition(": ")
             raise ModelFileError(self.path, None, field, message) from error
@@ -100,10 +101,10 @@ class GgufSource:
         return rows if order is None else rows[order]
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_gguf(self._file.metadata, path=self.path)
+        return Tokenizer.from_gguf(self._metadata, path=self.path)
 
     def chat_template(self) -> ChatTemplate | None:
-        return ChatTemplate.from_gguf(self._file.metadata, path=self.path)
+        return ChatTemplate.from_gguf(self._metadata, path=self.path)
 
 
 class FolderSource:
