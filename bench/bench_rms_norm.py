@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.shapes import HIDDEN, NUM_TOKENS
+from shapes import HIDDEN, NUM_TOKENS
 from pyengine.ops import rms_norm
 
 PROVIDERS = {

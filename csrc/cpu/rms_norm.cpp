@@ -16,14 +16,16 @@ constexpr int64_t kElementsPerTask = 16 * 1024;
 
 }  // namespace
 
+const RmsNormIsa& rms_norm_isa() { return select(kIsas); }
+
 void rms_norm_fwd_cpu(const RmsNormFwd& args) {
-  const RmsNormIsa& isa = select(kIsas);
+  const RmsNormIsa& isa = rms_norm_isa();
   const int64_t rows_per_task = 1 + kElementsPerTask / std::max<int64_t>(args.num_cols, 1);
   parallel_for(args.num_rows, rows_per_task, [&](int64_t begin, int64_t end) { isa.fwd(args, begin, end); });
 }
 
 void rms_norm_bwd_cpu(const RmsNormBwd& args) {
-  const RmsNormIsa& isa = select(kIsas);
+  const RmsNormIsa& isa = rms_norm_isa();
   const int64_t num_blocks = (args.num_rows + kRmsNormRowBlock - 1) / kRmsNormRowBlock;
   std::vector<float> blocks(static_cast<size_t>(num_blocks * args.num_cols));
   parallel_for(num_blocks, 1, [&](int64_t begin, int64_t end) {

@@ -38,7 +38,7 @@ def quantize_q4_0(weight: npt.NDArray[Any], search: bool = False) -> _Uint8:
     """
     blocks = _as_blocks(weight)
     scale = _scale_q4_0(blocks)
-    codes: npt.NDArray[Any] = _round_half_up(blocks * _reciprocal(scale) + np.float32(8.5), 15)
+    codes = _round_half_up(blocks * _reciprocal(scale) + np.float32(8.5), 15)
     half = _as_half(scale)
     if search:
         candidates = np.linspace(0.75, 1.1, 29, dtype=np.float32)
@@ -67,9 +67,7 @@ def quantize_q4_1(weight: npt.NDArray[Any], search: bool = False) -> _Uint8:
     codes = _round_half_up((blocks - minimum) * _reciprocal(scale) + np.float32(0.5), 15)
     half_scale, half_minimum = _as_half(scale), _as_half(minimum)
     if search:
-        half_scale, half_minimum, codes = _search_range(
-            blocks, minimum, maximum, half_scale, half_minimum, codes.astype(np.float32)
-        )
+        half_scale, half_minimum, codes = _search_range(blocks, minimum, maximum, half_scale, half_minimum, codes)
     return _join(weight, _half_bytes(half_scale), _half_bytes(half_minimum), _pack_nibbles(codes))
 
 
@@ -93,7 +91,7 @@ def quantize_q8_0(weight: npt.NDArray[Any], search: bool = False) -> _Uint8:
     # Halves round away from zero; adding 0.5 to the whole value could round up what lies just below a half.
     magnitude = np.abs(scaled)
     whole = np.floor(magnitude)
-    codes: npt.NDArray[Any] = np.copysign(whole + (magnitude - whole >= 0.5), scaled)
+    codes = np.asarray(np.copysign(whole + (magnitude - whole >= 0.5), scaled), np.float32)
     half = _as_half(scale)
     if search:
         candidates = np.linspace(0.97, 1.01, 29, dtype=np.float32)
@@ -123,9 +121,9 @@ def _reciprocal(scale: _Float32) -> _Float32:
     return np.where(np.isfinite(inverse), inverse, np.float32(0))
 
 
-def _round_half_up(shifted: _Float32, high: int) -> _Uint8:
+def _round_half_up(shifted: _Float32, high: int) -> _Float32:
     """The integer part of values that were shifted by a half, in [0, high]."""
-    return np.clip(np.trunc(shifted), 0, high).astype(np.uint8)
+    return np.asarray(np.clip(np.trunc(shifted), 0, high), np.float32)
 
 
 def _scale_q4_0(blocks: _Float32) -> _Float32:
@@ -156,24 +154,23 @@ def _squared_error(blocks: _Float32, approximation: npt.NDArray[Any]) -> npt.NDA
     return np.asarray(np.einsum("bi,bi->b", difference, difference))
 
 
-def _fit_codes(blocks: _Float32, half: npt.NDArray[np.float16], low: int, high: int, zero: int) -> npt.NDArray[Any]:
+def _fit_codes(blocks: _Float32, half: npt.NDArray[np.float16], low: int, high: int, zero: int) -> _Float32:
     """The best codes for the scale as it is stored."""
     inverse = _reciprocal(half.astype(np.float32))
-    return np.asarray(np.clip(np.rint(blocks * inverse) + zero, low, high))
+    return np.asarray(np.clip(np.rint(blocks * inverse) + zero, low, high), np.float32)
 
 
 def _search_scale(
     blocks: _Float32,
     scale: _Float32,
     best_half: npt.NDArray[np.float16],
-    best_codes: npt.NDArray[Any],
+    best_codes: _Float32,
     candidates: _Float32,
     low: int,
     high: int,
     zero: int,
-) -> tuple[npt.NDArray[np.float16], npt.NDArray[Any]]:
+) -> tuple[npt.NDArray[np.float16], _Float32]:
     """Tries scale * candidates, each followed by the least-squares scale for its codes; keeps the best per block."""
-    best_codes = best_codes.astype(np.float32)
     best_error = _squared_error(blocks, best_half.astype(np.float64) * (best_codes - zero))
     for candidate in candidates:
         half = (scale * candidate).astype(np.float16)

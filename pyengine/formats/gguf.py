@@ -91,8 +91,8 @@ class GgufReader(Mapping[str, np.ndarray]):
         path: the file.
         version: 2 or 3.
         alignment: of tensor data, in bytes.
-        metadata: key -> int, float, bool, str, list[str], or an array for a list of numbers. Vocabulary entries that are
-            no UTF-8 carry their bytes as surrogate escapes.
+        metadata: key -> int, float, bool, str, list[str], or an array for a list of numbers. Vocabulary entries that
+            are no UTF-8 carry their bytes as surrogate escapes.
         metadata_types: key -> "uint32", "array[string]", ...: the types that `metadata` does not show.
     """
 
@@ -172,9 +172,9 @@ def write_gguf(
     Args:
         path: the file to make or replace.
         metadata: key -> bool, int, float, str, numpy scalar, numpy array, or a list or tuple of one of these kinds.
-            Without an entry in `metadata_types` an int becomes uint32, or the first of int32, uint64 and int64 that holds
-            it; a list of ints int32, int64 or uint64; a float float32; numpy values keep their type. Surrogate escapes
-            stand for raw bytes in `tokenizer.ggml.tokens` and the like only. `general.alignment` is obeyed.
+            Without an entry in `metadata_types` an int becomes uint32, or the first of int32, uint64 and int64 that
+            holds it; a list of ints int32, int64 or uint64; a float float32; numpy values keep their type. Surrogate
+            escapes stand for raw bytes in `tokenizer.ggml.tokens` and the like only. `general.alignment` is obeyed.
         tensors: name -> array (float16/32/64, bfloat16, int8 to int64) or GgufTensor.
         metadata_types: key -> type, in the words of `GgufReader.metadata_types`.
 

@@ -56,7 +56,8 @@ struct RmsNormBwd {
 
 void rms_norm_fwd_cpu(const RmsNormFwd& args);
 void rms_norm_bwd_cpu(const RmsNormBwd& args);
-void rms_norm_fwd_cuda(const RmsNormFwd& args, void* stream);
+// Returns the cudaError_t of the launch.
+int rms_norm_fwd_cuda(const RmsNormFwd& args, void* stream);
 
 // What one ISA level provides. Threads are the caller's business.
 struct RmsNormIsa {
@@ -67,5 +68,6 @@ struct RmsNormIsa {
   void (*bwd_finish)(const RmsNormBwd& args, const float* grad_weight_blocks, int64_t num_blocks);
 };
 PE_DECLARE_ISA_TABLE(RmsNormIsa, rms_norm);
+const RmsNormIsa& rms_norm_isa();  // of the level in use
 
 }  // namespace pe

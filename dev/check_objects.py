@@ -1,0 +1,28 @@
+"""An ISA object exports only names of its own namespace and runs no code at load time.
+
+Usage: python dev/check_objects.py avx512 build/dev/CMakeFiles/pyengine_core_avx512.dir/csrc/cpu/*.o
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+
+def problems(path: str, isa: str) -> Iterator[str]:
+    """One line for each symbol of the object file that breaks a rule."""
+    own = f"_ZN2pe{len(isa)}{isa}"  # the mangled prefix of pe::<isa>::
+    constants = f"_ZNK2pe{len(isa)}{isa}"
+    table = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+    for kind, name in (line.split(maxsplit=2)[1:] for line in table.splitlines()):
+        if "_GLOBAL__sub_I_" in name:
+            yield f"{path}: {name} runs at load time, before any CPU check"
+        elif kind in "WVu" and not name.startswith((own, constants)):
+            yield f"{path}: {name} is a shared inline copy; the linker may give it to baseline code"
+        elif kind.isupper() and not name.startswith((own, constants)):
+            yield f"{path}: {name} is exported from outside pe::{isa}"
+
+
+if __name__ == "__main__":
+    found = [problem for path in sys.argv[2:] for problem in problems(path, sys.argv[1])]
+    print("\n".join(found) or "clean")
+    sys.exit(bool(found))

@@ -1,0 +1,52 @@
+"""What generation and scoring return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, under the raw softmax of the logits (before temperature and filters)."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float] = field(default_factory=dict)
+    """The likeliest tokens and their log-probabilities, as many as asked for."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished answer."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None
+    """One entry per token, if asked for."""
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """A piece of streamed text. The last piece of a stream carries the whole Completion."""
+
+    text: str
+    token_ids: list[int]
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities of a given completion after a given prompt."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole completion."""
+        return float(sum(self.logprobs))

@@ -1,0 +1,107 @@
+"""The import rules of docs/layout.md, as a test: packages import only what stands below them."""
+
+import ast
+import re
+
+import pytest
+from rules import ROOT, tracked
+
+# What each package may import besides itself, `errors` and the version in `pyengine`.
+CORE = {"_C", "spec", "ledger", "families", "tokenizer", "formats"}
+TORCH = {"_C", "reference", "ops", "nn", "optim", "models", "train", "spec", "ledger", "families", "tokenizer", "formats"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "spec": set(),
+    "ledger": set(),
+    "formats": {"_C"},
+    "families": {"spec"},
+    "tokenizer": {"spec", "formats"},
+    "infer": CORE,
+    "reference": set(),
+    "ops": {"_C", "reference"},
+    "nn": {"ops", "spec"},
+    "optim": {"ops"},
+    "models": {"ops", "nn", "spec", "families", "formats"},
+    "data": {"spec", "ledger", "tokenizer", "formats"},
+    "evals": {"infer", "data"} | CORE,
+    "quant": {"infer", "data"} | CORE,
+    "report": {"ledger"},
+    "train": TORCH - {"train"} | {"data", "evals"},
+    "recipes": TORCH | {"data", "evals", "quant", "infer"},
+    "testing": {"_C", "reference", "ops", "spec", "families", "tokenizer", "formats"},
+}
+NO_TORCH = {"errors", "spec", "ledger", "formats", "families", "tokenizer", "infer", "data", "evals", "quant", "report"}
+
+
+def package_of(path):
+    parts = path.relative_to(ROOT / "pyengine").parts
+    return parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(top-level pyengine package or outside module, whether at module level) of every import in a file."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from names
+
+
+FILES = [path for path in tracked("pyengine/**/*.py") if package_of(path) not in ("__init__", "cli", "__main__")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_packages_import_only_what_lies_below_them(path):
+    package = package_of(path)
+    assert package in ALLOWED, f"pyengine/{package} has no row in this table: decide what it may import"
+    allowed = ALLOWED[package] | {package, "errors", "__version__"}
+    modules = {p.stem for p in (ROOT / "pyengine").glob("*.py")} | {p.name for p in (ROOT / "pyengine").iterdir() if p.is_dir()}
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("pyengine.")}
+    wrong = {name for name in used if name in modules | {"_C"}} - allowed
+    assert not wrong, f"{path.relative_to(ROOT)} may not import pyengine.{', pyengine.'.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if package_of(p) in NO_TORCH], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_inference_never_imports_torch(path):
+    assert not [name for name in imports(path) if name.split(".")[0] in ("torch", "transformers")]
+
+
+# Native layers: which folders of csrc/ (and which outside headers) a file may include.
+NATIVE = {
+    "csrc/include/pe": {"pe"},
+    "csrc/simd": {"pe", "simd"},
+    "csrc/runtime": {"pe", "runtime"},
+    "csrc/formats": {"pe", "runtime", "formats"},
+    "csrc/cpu": {"pe", "runtime", "simd", "cpu"},
+    "csrc/engine": {"pe", "runtime", "engine", "formats"},
+    "csrc/bindings": {"pe", "runtime", "formats", "engine", "bindings"},
+    "cuda": {"pe", "common"},
+}
+
+
+@pytest.mark.parametrize("folder", NATIVE)
+def test_native_includes_point_downwards(folder):
+    sources = [p for p in tracked(f"{folder}/**/*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    for path in sources:
+        allowed = {"pe", "simd"} if path.name.endswith(".isa.cpp") else NATIVE[folder]
+        for name in re.findall(r'#include "([^"]+)"', path.read_text()):
+            top = name.split("/")[0] if "/" in name else None
+            generated = name.endswith(".inc")
+            assert generated or top in allowed, f"{path.relative_to(ROOT)} may not include {name}"
+
+
+@pytest.mark.parametrize("path", tracked("csrc/**/*.isa.cpp"), ids=lambda p: p.name)
+def test_isa_sources_include_no_standard_library(path):
+    wrong = set(re.findall(r"#include <([^>]+)>", path.read_text())) - {"math.h", "stdint.h", "string.h", "immintrin.h"}
+    assert not wrong, f"{path.name}: {wrong} would put inline code into an ISA object"
+
+
+def test_only_ops_testing_and_inference_touch_the_native_module():
+    users = {package_of(p) for p in FILES if any(name.endswith("pyengine._C") for name in imports(p))}
+    assert users <= {"ops", "testing", "infer", "formats", "tokenizer"}
