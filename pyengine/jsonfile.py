@@ -10,6 +10,13 @@ from typing import Any, NoReturn
 from pyengine.errors import ModelFileError
 
 
+def file_error(
+    path: str | os.PathLike[str], message: str, *, offset: int | None = None, field: str | None = None
+) -> ModelFileError:
+    """A ModelFileError for `path`: what was expected and what came, at the byte `offset` or in `field`."""
+    return ModelFileError(os.fspath(path), offset, field, message)
+
+
 def read_json_object(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, Any]:
     """The object in `path`, at most `max_bytes` long. Raises ModelFileError, also when the file does not exist."""
     return parse_json_object(read_bounded(path, max_bytes=max_bytes), path)
@@ -20,13 +27,13 @@ def read_bounded(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
     path = Path(path)
     try:
         if not path.is_file():
-            raise ModelFileError(path=path, message="expected a regular file, got none")
+            raise file_error(path, "expected a regular file, got none")
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
-        raise ModelFileError(path=path, message=f"cannot be read: {error.strerror or error}") from error
+        raise file_error(path, f"cannot be read: {error.strerror or error}") from error
     if len(data) > max_bytes:
-        raise ModelFileError(path=path, message=f"expected at most {max_bytes} bytes, got more")
+        raise file_error(path, f"expected at most {max_bytes} bytes, got more")
     return data
 
 
@@ -39,23 +46,23 @@ def parse_json_object(data: bytes, path: str | os.PathLike[str]) -> dict[str, An
             seen: set[str] = set()
             for key, _ in pairs:
                 if key in seen:
-                    raise ModelFileError(path=path, field=key, message="expected every key once, got it twice")
+                    raise file_error(path, "expected every key once, got it twice", field=key)
                 seen.add(key)
         return result
 
     def no_constant(name: str) -> NoReturn:
-        raise ModelFileError(path=path, message=f"expected JSON numbers, got {name}")
+        raise file_error(path, f"expected JSON numbers, got {name}")
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
     except UnicodeDecodeError as error:
-        raise ModelFileError(path=path, offset=error.start, message="expected UTF-8") from error
+        raise file_error(path, "expected UTF-8", offset=error.start) from error
     except json.JSONDecodeError as error:
-        raise ModelFileError(path=path, offset=error.pos, message=f"expected JSON: {error.msg}") from error
+        raise file_error(path, f"expected JSON: {error.msg}", offset=error.pos) from error
     except RecursionError as error:
-        raise ModelFileError(path=path, message="expected JSON of modest depth, got deeper nesting") from error
+        raise file_error(path, "expected JSON of modest depth, got deeper nesting") from error
     except ValueError as error:
-        raise ModelFileError(path=path, message=f"expected JSON: {error}") from error
+        raise file_error(path, f"expected JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ModelFileError(path=path, message=f"expected a JSON object, got {type(value).__name__}")
+        raise file_error(path, f"expected a JSON object, got {type(value).__name__}")
     return value

@@ -12,10 +12,11 @@ TORCH = {"_C", "reference", "ops", "nn", "optim", "models", "train", "spec", "le
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "spec": set(),
+    "jsonfile": set(),
     "ledger": set(),
     "formats": {"_C"},
-    "families": {"spec"},
-    "tokenizer": {"spec", "formats"},
+    "families": {"spec", "jsonfile"},
+    "tokenizer": {"spec", "jsonfile", "formats"},
     "infer": CORE,
     "reference": set(),
     "ops": {"_C", "reference"},
@@ -30,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": TORCH | {"data", "evals", "quant", "infer"},
     "testing": {"_C", "reference", "ops", "spec", "families", "tokenizer", "formats"},
 }
-NO_TORCH = {"errors", "spec", "ledger", "formats", "families", "tokenizer", "infer", "data", "evals", "quant", "report"}
+NO_TORCH = {"errors", "spec", "ledger", "formats", "families", "tokenizer", "infer", "data", "evals", "quant", "report"} | {"jsonfile"}
 
 
 def package_of(path):

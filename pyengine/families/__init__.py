@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyengine.errors import ArgumentError, ModelFileError
+from pyengine.errors import ArgumentError
 from pyengine.families import llama
 from pyengine.families.family import Family
 from pyengine.families.rows import permute_rows, unpermute_rows
-from pyengine.jsonfile import read_json_object
+from pyengine.jsonfile import file_error, read_json_object
 from pyengine.spec import ModelSpec
 
 __all__ = [
@@ -58,7 +58,7 @@ def spec_from_gguf(
     *,
     rope_freqs: npt.NDArray[np.floating[Any]] | None = None,
 ) -> ModelSpec:
-    """The spec of a GGUF file: its metadata, the names of its tensors, and its tensor rope_freqs.weight if it has one."""
+    """The spec of a GGUF file: its metadata, the names of its tensors, and its rope_freqs.weight if it has one."""
     architecture = metadata.get("general.architecture")
     for family in FAMILIES:
         if architecture in family.gguf_architectures:
@@ -103,4 +103,4 @@ def load_spec(folder: str | os.PathLike[str]) -> ModelSpec:
         return spec_from_config(config | {key: value for key, value in special.items() if value is not None})
     except ArgumentError as error:
         field, _, message = str(error).partition(": ")
-        raise ModelFileError(path=Path(folder) / "config.json", field=field, message=message) from error
+        raise file_error(Path(folder) / "config.json", message, field=field) from error

@@ -75,7 +75,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     if head_dim is None:
         if num_heads < 1 or hidden_size % num_heads:
             raise ArgumentError(
-                f"hidden_size: expected a multiple of num_attention_heads, got {hidden_size}/{num_heads}"
+                f"hidden_size: expected a multiple of num_attention_heads = {num_heads}, got {hidden_size}"
             )
         head_dim = hidden_size // num_heads
     num_kv_heads = get_optional_int(config, "num_key_value_heads")
@@ -156,14 +156,14 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
 def spec_from_gguf(
     metadata: Mapping[str, Any], tensor_names: Collection[str], rope_freqs: npt.NDArray[np.floating[Any]] | None
 ) -> ModelSpec:
-    """`tensor_names` tell whether the embedding is tied; `rope_freqs` is the tensor `rope_freqs.weight` [D/2], if any."""
+    """`tensor_names` tell whether the embedding is tied; `rope_freqs` is the tensor rope_freqs.weight [D/2] or None."""
     num_heads = get_int(metadata, "llama.attention.head_count")
     hidden_size = get_int(metadata, "llama.embedding_length")
     head_dim = get_optional_int(metadata, "llama.attention.key_length")
     if head_dim is None:
         if num_heads < 1 or hidden_size % num_heads:
             raise ArgumentError(
-                f"llama.embedding_length: expected a multiple of llama.attention.head_count, got {hidden_size}/{num_heads}"
+                f"llama.embedding_length: expected a multiple of the head_count {num_heads}, got {hidden_size}"
             )
         head_dim = hidden_size // num_heads
     for key, expected in (

@@ -42,7 +42,7 @@ def rope_to_config(rope: RopeSpec) -> dict[str, Any]:
         scaling = {"rope_type": "llama3"} | {key: getattr(rope.scaling, key) for key in _LLAMA3_KEYS}
     elif rope.scaling is not None:
         raise ArgumentError(
-            f"rope.scaling: expected None, linear or llama3, which config.json can say, got {type(rope.scaling).__name__}"
+            f"rope.scaling: expected one that config.json can say, none, linear or llama3, got {rope.scaling!r:.60}"
         )
     parameters = {"rope_theta": rope.theta} | (scaling or {"rope_type": "default"})
     return {"rope_theta": rope.theta, "rope_scaling": scaling, "rope_parameters": parameters}

@@ -1,7 +1,7 @@
 """The row order of q_proj and k_proj.
 
-Hugging Face rotates the pair (i, i + D/2) of a head; GGUF files of Llama rotate (2i, 2i + 1), so their rows are permuted.
-Whole rows move: a quantised row, whatever its blocks, stays one piece.
+Hugging Face rotates the pair (i, i + D/2) of a head; GGUF files of Llama rotate (2i, 2i + 1), so their rows are
+permuted. Whole rows move: a quantised row, whatever its blocks, stays one piece.
 """
 
 from __future__ import annotations

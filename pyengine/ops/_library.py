@@ -39,3 +39,8 @@ def rows(t: Tensor) -> Tensor:
 def empty_like(t: Tensor) -> Tensor:
     """A new contiguous tensor with the shape, dtype and device of t, whatever its strides."""
     return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def heads(t: Tensor) -> Tensor:
+    """View t [T, H, D] with unit stride in D; copies only when it has none."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

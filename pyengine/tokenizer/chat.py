@@ -12,12 +12,13 @@ from pyengine.tokenizer.tokenizer import Tokenizer
 def assistant_mask(
     tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **variables: Any
 ) -> tuple[list[int], list[int]]:
-    """(ids, mask) of the whole conversation: mask[i] is 1 where ids[i] is the assistant's, its end-of-turn token included.
+    """(ids, mask) of the whole conversation: mask[i] is 1 where ids[i] is the assistant's, its end-of-turn token
+    included.
 
-    A turn is what the conversation up to and with the message has more than the conversation before it with the generation
-    prompt. Both must be beginnings of the whole: a template that rewrites earlier turns raises TemplateError "prefix". White
-    space after the end-of-turn token is not the assistant's, and neither is a token that begins before the turn.
-    `variables` go to `ChatTemplate.render`.
+    A turn is what the conversation up to and with the message has more than the conversation before it with the
+    generation prompt. Both must be beginnings of the whole: a template that rewrites earlier turns raises TemplateError
+    "prefix". White space after the end-of-turn token is not the assistant's, and neither is a token that begins before
+    the turn. `variables` go to `ChatTemplate.render`.
     """
     text = template.render(messages, **variables)
     spans: list[tuple[int, int]] = []

@@ -1,7 +1,8 @@
 """Checks on the content of a tokenizer.json before a tokenizer is built from it.
 
-The library accepts descriptions that cost unbounded memory or time (chained replacements, nested quantifiers, sparse ids) or
-that mean something else than they say (an added token whose id is not free). All of them end here in ModelFileError.
+The library accepts descriptions that cost unbounded memory or time (chained replacements, nested quantifiers, sparse
+ids) or that mean something else than they say (an added token whose id is not free). All of them end here in
+ModelFileError.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyengine.errors import ModelFileError
+from pyengine.jsonfile import file_error
 
 MAX_TOKENS = 1 << 22
 MAX_TOKEN_CHARS = 4096
@@ -39,7 +41,7 @@ class DescriptionCheck:
         self._check_post_processor(description.get("post_processor"))
 
     def fail(self, field: str, message: str) -> ModelFileError:
-        return ModelFileError(path=self.path, field=field, message=message)
+        return file_error(self.path, message, field=field)
 
     def _check_vocab(self, model: Any) -> dict[str, int]:
         if not isinstance(model, dict):
@@ -88,6 +90,7 @@ class DescriptionCheck:
             self._check_id(f"{field}.id", content, token_id, len(vocab) + len(added))
             if content in contents:
                 raise self.fail(field, f"expected every added token once, got {content!r:.60} twice")
+            assert isinstance(token_id, int)
             if ids.setdefault(token_id, content) != content or vocab.get(content, token_id) != token_id:
                 raise self.fail(
                     f"{field}.id", f"expected an id of its own for {content!r:.60}, got the taken {token_id}"
@@ -178,8 +181,8 @@ class DescriptionCheck:
 def find_backtracking(pattern: str) -> str | None:
     """The construct of `pattern` that lets a match take exponential time, or None.
 
-    Sees nested repetition, back references and recursion. It does not see polynomial time, nor ambiguous alternatives such as
-    (a|a)*; for those the regex engine's own limit of retries per match holds.
+    Sees nested repetition, back references and recursion. It does not see polynomial time, nor ambiguous alternatives
+    such as (a|a)*; for those the regex engine's own limit of retries per match holds.
     """
     # Per open group: whether something in it repeats. The last entry of `closed` tells it of the atom just read.
     groups = [False]

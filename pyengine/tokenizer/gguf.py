@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file as the description that a tokenizer.json holds.
 
-Kind "gpt2", byte-level BPE, with the pre-tokenizers that are written down here. The expressions are those of the models that
-the names stand for.
+Kind "gpt2", byte-level BPE, with the pre-tokenizers that are written down here. The expressions are those of the models
+that the names stand for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyengine.errors import ModelFileError
+from pyengine.jsonfile import file_error
 from pyengine.tokenizer.checks import MAX_TOKENS
 
 _CONTROL, _USER_DEFINED, _UNKNOWN = 3, 4, 2
@@ -21,8 +22,8 @@ _LLAMA3_PATTERN = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-# What llama.cpp splits by where a file names no pre-tokenizer of its own; four expressions, each applied to what the one
-# before it left.
+# What llama.cpp splits by where a file names no pre-tokenizer of its own; four expressions, each applied to what the
+# one before it left.
 _DEFAULT_PATTERNS = (
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
@@ -177,4 +178,4 @@ class GgufTokenizerReader:
         return self.metadata.get(f"tokenizer.ggml.{key}")
 
     def _fail(self, key: str, message: str) -> ModelFileError:
-        return ModelFileError(path=self.path, field=f"tokenizer.ggml.{key}", message=message)
+        return file_error(self.path, message, field=f"tokenizer.ggml.{key}")

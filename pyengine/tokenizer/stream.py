@@ -17,8 +17,8 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
 
 
 class StreamDecoder:
-    """Incremental `Tokenizer.decode`: the pieces of `push` and `finish` joined are `decode` of all ids, and no piece ends
-    inside a UTF-8 character.
+    """Incremental `Tokenizer.decode`: the pieces of `push` and `finish` joined are `decode` of all ids, and no piece
+    ends inside a UTF-8 character.
 
     A run of byte-fallback tokens comes out when it ends, because its last byte decides how its first is read.
     Raises ArgumentError for a decoder whose earlier text depends on later tokens.
@@ -68,8 +68,8 @@ class StreamDecoder:
 class StopStrings:
     """Finds the first stop string in a text that comes in pieces, wherever the borders between the pieces lie.
 
-    First means: the one that ends first; of several that end together, the longest. Text that may be the beginning of a stop
-    string is held back.
+    First means: the one that ends first; of several that end together, the longest. Text that may be the beginning of a
+    stop string is held back.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -110,7 +110,7 @@ class StopStrings:
         return text
 
     def _advance(self, index: int, char: str) -> int:
-        """One step of Knuth-Morris-Pratt for stop string `index`: the length of its beginning that the text now ends with."""
+        """One step of Knuth-Morris-Pratt: how much of the beginning of stop string `index` the text now ends with."""
         stop, failure, length = self._stops[index], self._failures[index], self._matched[index]
         while length and stop[length] != char:
             length = failure[length - 1]

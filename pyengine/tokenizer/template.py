@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyengine.errors import ArgumentError, ModelFileError, PyEngineError
-from pyengine.jsonfile import read_bounded, read_json_object
+from pyengine.errors import ArgumentError, PyEngineError
+from pyengine.jsonfile import file_error, read_bounded, read_json_object
 from pyengine.tokenizer.gguf import GgufTokenizerReader
 from pyengine.tokenizer.template_process import TemplateLimits, TemplateProcess
 from pyengine.tokenizer.tokenizer import MAX_TOKENIZER_CONFIG_BYTES, read_special_tokens
@@ -22,8 +22,8 @@ _RESERVED = frozenset({"messages", "add_generation_prompt", "tools", "documents"
 class TemplateError(PyEngineError):
     """A chat template cannot be used.
 
-    reason: "syntax", "render", "raised" (by the template's own raise_exception), "prefix" (see `assistant_mask`), or the limit that it
-    met: "fuel", "output", "memory", "time", "crash". line: in the template, from 1, where known.
+    reason: "syntax", "render", "raised" (by the template's own raise_exception), "prefix" (see `assistant_mask`), or
+    the limit that it met: "fuel", "output", "memory", "time", "crash". line: in the template, from 1, where known.
     """
 
     def __init__(self, reason: str, message: str, line: int | None = None) -> None:
@@ -60,7 +60,8 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str], *, name: str = "default") -> ChatTemplate:
-        """From chat_template.jinja, else from tokenizer_config.json, in `folder`. `name` chooses one of several in the latter.
+        """From chat_template.jinja, else from tokenizer_config.json, in `folder`. `name` chooses one of several in the
+        latter.
 
         Raises ModelFileError where there is none.
         """
@@ -71,7 +72,7 @@ class ChatTemplate:
         """From `tokenizer.chat_template` of a GGUF file's metadata. Raises ModelFileError where there is none."""
         source = metadata.get("tokenizer.chat_template")
         if not isinstance(source, str):
-            raise ModelFileError(path=path, field="tokenizer.chat_template", message="expected a template, got none")
+            raise file_error(path, "expected a template, got none", field="tokenizer.chat_template")
         return cls(source, special_tokens=GgufTokenizerReader(metadata, path).special_tokens())
 
     def render(
@@ -84,7 +85,8 @@ class ChatTemplate:
         now: datetime.datetime | None = None,
         **variables: Any,
     ) -> str:
-        """The text of `messages`, which hold "role" and "content" as plain JSON values. `now` is what `strftime_now` tells.
+        """The text of `messages`, which hold "role" and "content" as plain JSON values. `now` is what `strftime_now`
+        tells.
 
         Raises TemplateError, ArgumentError for values that are not JSON, CapacityError for more than 16 MiB of them.
         """
@@ -130,7 +132,7 @@ def _read_source(folder: Path, name: str) -> str:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ModelFileError(path=path, offset=error.start, message="expected UTF-8") from error
+            raise file_error(path, "expected UTF-8", offset=error.start) from error
     path = folder / "tokenizer_config.json"
     source: Any = None
     if path.exists():
@@ -141,5 +143,5 @@ def _read_source(folder: Path, name: str) -> str:
     elif name != "default":
         source = None
     if not isinstance(source, str):
-        raise ModelFileError(path=path, field="chat_template", message=f"expected a template {name!r:.60}, got none")
+        raise file_error(path, f"expected a template {name!r:.60}, got none", field="chat_template")
     return source

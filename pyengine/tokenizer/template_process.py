@@ -1,4 +1,4 @@
-"""The parent's side of `template_worker`: starts the process, talks to it, ends it, and starts it again after a crash."""
+"""The parent's side of `template_worker`: starts the process, talks to it, ends it, replaces it after a crash."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _START_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateLimits:
-    """What one compilation or rendering may cost. Times are per request; wall time is only a safety net for CPU time."""
+    """What one compilation or rendering may cost. Times are per request; wall time is the net under CPU time."""
 
     fuel: int = 500_000
     source_bytes: int = 1 << 20
@@ -112,7 +112,8 @@ class TemplateProcess:
         deadline = time.monotonic() + seconds
         try:
             view = memoryview(request)
-            # The child reads a whole request before it works, so that a write waits for nothing but the child's scheduling.
+            # The child reads a whole request before it works, so that a write waits for nothing but the child's
+            # scheduling.
             while view:
                 view = view[child.stdin.write(view) :]
             (size,) = struct.unpack(">I", _read(child.stdout.fileno(), 4, deadline))

@@ -1,11 +1,12 @@
 """The process that compiles and renders one chat template. Run by path, never imported.
 
-minijinja bounds steps (fuel), recursion and single repeats, but not the memory of a string that doubles, nor its own stack:
-such a template aborts the process that renders it. So that process is this one, under limits on memory and CPU time.
+minijinja bounds steps (fuel), recursion and single repeats, but not the memory of a string that doubles, nor its own
+stack: such a template aborts the process that renders it. So that process is this one, under limits on memory and CPU
+time.
 
-Frames in both directions are a big-endian u32 length and JSON. The first request is {"source"}, every other {"variables", "now"};
-a reply is {"text"} or {"reason", "message", "line"}. argv: folder that holds minijinja, memory in bytes, CPU seconds per request,
-fuel, output bytes.
+Frames in both directions are a big-endian u32 length and JSON. The first request is {"source"}, every other
+{"variables", "now"}; a reply is {"text"} or {"reason", "message", "line"}. argv: folder that holds minijinja, memory in
+bytes, CPU seconds per request, fuel, output bytes.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import Any
 
 import tokenizers
 
-from pyengine.errors import ArgumentError, CapacityError, ModelFileError
-from pyengine.jsonfile import parse_json_object, read_bounded, read_json_object
+from pyengine.errors import ArgumentError, CapacityError
+from pyengine.jsonfile import file_error, parse_json_object, read_bounded, read_json_object
 from pyengine.tokenizer.checks import DescriptionCheck
 from pyengine.tokenizer.gguf import GgufTokenizerReader
 from pyengine.tokenizer.guard import typed_errors
@@ -26,8 +26,8 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 class Tokenizer:
     """Immutable. Every failure of the library underneath, panics included, is a typed error.
 
-    `description` is the object of a tokenizer.json; `special_tokens` maps names such as "eos_token" to token strings; `path` is
-    named in errors. Truncation and padding that the description asks for are off: they lose text in silence.
+    `description` is the object of a tokenizer.json; `special_tokens` maps names such as "eos_token" to token strings;
+    `path` is named in errors. Truncation and padding that the description asks for are off: they lose text in silence.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Tokenizer:
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self.max_input_bytes = max_input_bytes
         self.decoder: dict[str, Any] = description.get("decoder") or {}
-        with typed_errors(lambda reason: ModelFileError(path=path, message=reason)):
+        with typed_errors(lambda reason: file_error(path, reason)):
             text = json.dumps(description, ensure_ascii=False)
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             self._tokenizer.no_truncation()
@@ -53,11 +53,11 @@ class Tokenizer:
         self._special_ids = frozenset(index for index, token in self._added.items() if token.special)
         for entry in description.get("added_tokens") or []:
             if self.token_to_id(entry["content"]) != entry["id"]:
-                raise ModelFileError(
-                    path=path,
-                    field="added_tokens",
-                    message=f"expected the id {self.token_to_id(entry['content'])}, which is the next free one, for "
+                raise file_error(
+                    path,
+                    f"expected the id {self.token_to_id(entry['content'])}, which is the next free one, for "
                     f"{entry['content']!r:.60}, got {entry['id']}",
+                    field="added_tokens",
                 )
 
     @classmethod
@@ -67,7 +67,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """From tokenizer.json, and the special tokens of tokenizer_config.json or special_tokens_map.json, in `folder`."""
+        """From tokenizer.json in `folder`, and the special tokens that the files beside it name."""
         path = Path(folder) / "tokenizer.json"
         description = parse_json_object(read_bounded(path, max_bytes=MAX_TOKENIZER_BYTES), path)
         return cls(description, special_tokens=read_special_tokens(folder), path=path)
@@ -101,8 +101,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. `add_special_tokens` adds what the model wants around every text, such as a bos token.
 
-        Raises ArgumentError for lone surrogates, CapacityError for a text over `max_input_bytes` or more than 16 ids per byte
-        and 65,536 above.
+        Raises ArgumentError for lone surrogates, CapacityError for a text over `max_input_bytes` or more than 16 ids
+        per byte and 65,536 above.
         """
         return self._encode(text, add_special_tokens).ids
 
@@ -170,7 +170,7 @@ def read_special_tokens(folder: str | os.PathLike[str]) -> dict[str, str]:
             if value is None:
                 continue
             if not isinstance(value, str):
-                raise ModelFileError(path=path, field=key, message=f"expected a token, got {type(value).__name__}")
+                raise file_error(path, f"expected a token, got {type(value).__name__}", field=key)
             found[key] = value
     return found
 

@@ -1,0 +1,379 @@
+// The arithmetic of attention, shared by all ops that compute it, so that their rows have equal bits.
+//
+// One row walks the keys that it sees in blocks of 64 by absolute index. Within a block:
+//   scores   one fma chain over 64 d ascending per key, lanes = keys; the chains of a longer head added in order
+//   softmax  block maximum, rescaling of what is summed so far, exp, lane sums in a fixed tree
+//   values   acc[d] = fma(p_j, v_j[d], acc[d]) over j ascending
+// Rows are taken up to six at a time so that loads of K and V are shared; each keeps its own chain, so the tile it
+// falls into cannot change its bits. The same two products serve the backward with the roles of keys and queries
+// exchanged.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+
+#include "pe/attention.h"
+#include "simd/vec.h"
+
+// Loops over the rows and vectors of a tile must vanish for the tile to live in registers.
+#define PE_UNROLL _Pragma("GCC unroll 8")
+
+namespace pe::PE_ISA {
+
+constexpr int kTileRows = 6;
+constexpr int kBlockKeys = kAttentionBlockKeys;
+constexpr int kLaneKeys = kAttentionLaneKeys;
+constexpr int kDotChain = 64;
+constexpr int kLaneBlocks = kBlockKeys / kLaneKeys;
+constexpr int kVecsPerLaneBlock = kLaneKeys / VecF::size;
+// 6 rows x 4 vectors of 32 registers, or 6 x 2 of 16.
+constexpr int kTileVecs = VecF::size == 16 ? 4 : 2;
+
+static constexpr int64_t padded(int64_t head_dim) { return (head_dim + kLaneKeys - 1) / kLaneKeys * kLaneKeys; }
+static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows of one walk: row r sees keys [begin[r], end[r]). The union of the ranges has no gap.
+struct RowRanges {
+  int64_t num_rows;
+  int64_t* begin;
+  int64_t* end;
+};
+
+// Some of those rows, in one block: row[i] sees keys [lo[i], hi[i]) of the block, at least one.
+struct RowTile {
+  int count = 0;
+  int64_t row[kTileRows];
+  int lo[kTileRows], hi[kTileRows];
+
+  int lane_block_begin() const {
+    int first = lo[0];
+    for (int i = 1; i < count; ++i) first = lo[i] < first ? lo[i] : first;
+    return first / kLaneKeys;
+  }
+  int lane_block_end() const {
+    int last = hi[0];
+    for (int i = 1; i < count; ++i) last = hi[i] > last ? hi[i] : last;
+    return (last + kLaneKeys - 1) / kLaneKeys;
+  }
+};
+
+// Calls body(key_begin, key_end, visit) for each block; visit(tile_body) calls tile_body(tile) for its rows.
+template <class Body>
+static inline void for_each_block(const RowRanges& rows, const Body& body) {
+  int64_t first = rows.begin[0], last = rows.end[0];
+  for (int64_t r = 1; r < rows.num_rows; ++r) {
+    first = min_of(first, rows.begin[r]);
+    last = max_of(last, rows.end[r]);
+  }
+  for (int64_t base = first / kBlockKeys * kBlockKeys; base < last; base += kBlockKeys) {
+    body(base, max_of(first, base), min_of(last, base + kBlockKeys), [&rows, base](const auto& tile_body) {
+      RowTile tile;
+      for (int64_t r = 0; r < rows.num_rows; ++r) {
+        const int64_t lo = max_of(rows.begin[r] - base, 0), hi = min_of(rows.end[r] - base, kBlockKeys);
+        if (lo < hi) {
+          tile.row[tile.count] = r;
+          tile.lo[tile.count] = static_cast<int>(lo);
+          tile.hi[tile.count++] = static_cast<int>(hi);
+        }
+        if (tile.count == kTileRows || (r + 1 == rows.num_rows && tile.count > 0)) {
+          tile_body(tile);
+          tile.count = 0;
+        }
+      }
+    });
+  }
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls body(Count<count>) with 1 <= count <= kTileRows.
+template <class Body>
+static inline void with_count(int count, const Body& body) {
+  static_assert(kTileRows == 6);
+  switch (count) {
+    case 1:
+      return body(Count<1>{});
+    case 2:
+      return body(Count<2>{});
+    case 3:
+      return body(Count<3>{});
+    case 4:
+      return body(Count<4>{});
+    case 5:
+      return body(Count<5>{});
+    default:
+      return body(Count<6>{});
+  }
+}
+
+// --- products
+// ---------------------------------------------------------------------------------------------------------
+
+// scores[r][n * size + lane] = sum_d(rows[r][d] * lanes[n][d * 16 + lane]) over d in [begin, end), added to what is
+// there unless begin is 0.
+template <int R, int N, class T>
+static inline void dot_vecs(const float* const* rows, const T* const* lanes, int64_t begin, int64_t end,
+                            float* const* scores) {
+  VecF acc[R][N];
+  PE_UNROLL for (int r = 0; r < R; ++r) { PE_UNROLL for (int n = 0; n < N; ++n) acc[r][n] = set1(0.0f); }
+  for (int64_t d = begin; d < end; ++d) {
+    VecF key[N];
+    PE_UNROLL for (int n = 0; n < N; ++n) key[n] = load(lanes[n] + d * kLaneKeys);
+    PE_UNROLL for (int r = 0; r < R; ++r) {
+      const VecF query = set1(rows[r][d]);
+      PE_UNROLL for (int n = 0; n < N; ++n) acc[r][n] = fma(query, key[n], acc[r][n]);
+    }
+  }
+  PE_UNROLL for (int r = 0; r < R; ++r) {
+    PE_UNROLL for (int n = 0; n < N; ++n) {
+      float* score = scores[r] + n * VecF::size;
+      store(score, begin == 0 ? acc[r][n] : add(load(score), acc[r][n]));
+    }
+  }
+}
+
+// scores[i][j] for the keys of lane blocks [begin, end) of one 64-key block; lane_blocks[b] is [D][16].
+template <int R, class T>
+static void dot_tile(const float* const* rows, const T* const* lane_blocks, int begin, int end, int64_t head_dim,
+                     float (*scores)[kBlockKeys]) {
+  const auto step = [&]<int N>(int n, Count<N>) {
+    const T* lanes[N];
+    float* out[R];
+    for (int i = 0; i < N; ++i)
+      lanes[i] = lane_blocks[(n + i) / kVecsPerLaneBlock] + (n + i) % kVecsPerLaneBlock * VecF::size;
+    for (int r = 0; r < R; ++r) out[r] = scores[r] + n * VecF::size;
+    for (int64_t d = 0; d < head_dim; d += kDotChain)
+      dot_vecs<R, N>(rows, lanes, d, min_of(d + kDotChain, head_dim), out);
+  };
+  int n = begin * kVecsPerLaneBlock;
+  const int last = end * kVecsPerLaneBlock;
+  for (; last - n >= kTileVecs; n += kTileVecs) step(n, Count<kTileVecs>{});
+  if constexpr (kTileVecs > 2) {
+    if (last - n >= 2) {
+      step(n, Count<2>{});
+      n += 2;
+    }
+    if (last - n >= 1) step(n, Count<1>{});
+  }
+}
+
+// acc[r][d0 ...] += sum_j(weights[r][j] * values[j][d0 ...]) over j in [lo, hi), N vectors; with kPartial the one
+// vector has `tail` elements.
+template <int R, int N, bool kPartial, class T>
+static inline void accumulate_vecs(const float* const* weights, int lo, int hi, const T* const* values,
+                                   int64_t row_stride, int64_t d0, int64_t tail, float* const* acc) {
+  VecF sum[R][N];
+  PE_UNROLL for (int r = 0; r < R; ++r) {
+    PE_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = load(acc[r] + d0 + n * VecF::size);
+  }
+  for (int begin = lo; begin < hi;) {
+    const int lane_block = begin / kLaneKeys;
+    const int end = hi < (lane_block + 1) * kLaneKeys ? hi : (lane_block + 1) * kLaneKeys;
+    const T* row = values[lane_block] + (begin - lane_block * kLaneKeys) * row_stride + d0;
+    for (int j = begin; j < end; ++j, row += row_stride) {
+      VecF value[N];
+      PE_UNROLL for (int n = 0; n < N; ++n) value[n] = kPartial ? load(row, tail) : load(row + n * VecF::size);
+      PE_UNROLL for (int r = 0; r < R; ++r) {
+        const VecF weight = set1(weights[r][j]);
+        PE_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = fma(weight, value[n], sum[r][n]);
+      }
+    }
+    begin = end;
+  }
+  PE_UNROLL for (int r = 0; r < R; ++r) {
+    PE_UNROLL for (int n = 0; n < N; ++n) store(acc[r] + d0 + n * VecF::size, sum[r][n]);
+  }
+}
+
+// The same over the whole head.
+template <int R, class T>
+static void accumulate_range(const float* const* weights, int lo, int hi, const T* const* values, int64_t row_stride,
+                             int64_t head_dim, float* const* acc) {
+  int64_t d = 0;
+  for (; head_dim - d >= kTileVecs * VecF::size; d += kTileVecs * VecF::size)
+    accumulate_vecs<R, kTileVecs, false>(weights, lo, hi, values, row_stride, d, 0, acc);
+  if constexpr (kTileVecs > 2) {
+    if (head_dim - d >= 2 * VecF::size) {
+      accumulate_vecs<R, 2, false>(weights, lo, hi, values, row_stride, d, 0, acc);
+      d += 2 * VecF::size;
+    }
+  }
+  if (head_dim - d >= VecF::size) {
+    accumulate_vecs<R, 1, false>(weights, lo, hi, values, row_stride, d, 0, acc);
+    d += VecF::size;
+  }
+  if (head_dim > d) accumulate_vecs<R, 1, true>(weights, lo, hi, values, row_stride, d, head_dim - d, acc);
+}
+
+// The same for rows with ranges of their own: what all rows see in one tile, the rest row by row, j ascending in each.
+template <int R, class T>
+static inline void accumulate_tile(const RowTile& tile, const float (*weights)[kBlockKeys], const T* const* values,
+                                   int64_t row_stride, int64_t head_dim, float* const* acc) {
+  int lo = tile.lo[0], hi = tile.hi[0];
+  const float* w[R];
+  for (int r = 0; r < R; ++r) {
+    w[r] = weights[r];
+    lo = tile.lo[r] > lo ? tile.lo[r] : lo;
+    hi = tile.hi[r] < hi ? tile.hi[r] : hi;
+  }
+  const auto alone = [&](int r, int begin, int end) {
+    if (begin < end) accumulate_range<1>(w + r, begin, end, values, row_stride, head_dim, acc + r);
+  };
+  if (lo >= hi) {
+    for (int r = 0; r < R; ++r) alone(r, tile.lo[r], tile.hi[r]);
+    return;
+  }
+  for (int r = 0; r < R; ++r) alone(r, tile.lo[r], lo);
+  accumulate_range<R>(w, lo, hi, values, row_stride, head_dim, acc);
+  for (int r = 0; r < R; ++r) alone(r, hi, tile.hi[r]);
+}
+
+// --- rows
+// -------------------------------------------------------------------------------------------------------------
+
+template <class T>
+static inline void load_row(const T* row, int64_t head_dim, float* out) {
+  int64_t d = 0;
+  for (; d + VecF::size <= head_dim; d += VecF::size) store(out + d, load(row + d));
+  if (d < head_dim) store(out + d, load(row + d, head_dim - d));
+}
+
+// row[d] = op(values[d]).
+template <class T, class Op>
+static inline void store_row(T* row, int64_t head_dim, const float* values, const Op& op) {
+  int64_t d = 0;
+  for (; d + VecF::size <= head_dim; d += VecF::size) store(row + d, op(load(values + d)));
+  if (d < head_dim) store(row + d, op(load(values + d)), head_dim - d);
+}
+
+static inline void fill_zero(float* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
+}
+
+// Cuts scratch into pieces of whole cache lines.
+struct ScratchCursor {
+  char* next;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next);
+    next += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+// --- forward
+// ----------------------------------------------------------------------------------------------------------
+
+// The state of one forward walk. attention_scratch_bytes(num_rows, head_dim, false) holds it.
+struct ForwardRows {
+  RowRanges ranges;
+  int64_t head_dim;
+  float* q;          // [num_rows][padded]
+  float* acc;        // [num_rows][padded]
+  float* lane_sums;  // [num_rows][16], the first VecF::size of each used
+  float* max;        // [num_rows]
+
+  ForwardRows(int64_t num_rows, int64_t head_dim_, void* scratch) : head_dim(head_dim_) {
+    ScratchCursor cursor{static_cast<char*>(scratch)};
+    q = cursor.take<float>(num_rows * padded(head_dim));
+    acc = cursor.take<float>(num_rows * padded(head_dim));
+    lane_sums = cursor.take<float>(num_rows * kLaneKeys);
+    max = cursor.take<float>(num_rows);
+    ranges = {num_rows, cursor.take<int64_t>(num_rows), cursor.take<int64_t>(num_rows)};
+  }
+  float* q_row(int64_t r) const { return q + r * padded(head_dim); }
+  float* acc_row(int64_t r) const { return acc + r * padded(head_dim); }
+
+  // lse is nullptr or the place of the row's log-sum-exp.
+  template <class T>
+  void finish_row(int64_t r, T* y, float* lse) const {
+    const float total = sum(load(lane_sums + r * kLaneKeys));
+    const VecF divisor = set1(total);
+    store_row(y, head_dim, acc_row(r), [divisor](VecF v) { return div(v, divisor); });
+    if (lse) *lse = max[r] + logf(total);
+  }
+};
+
+// Where a 64-key block lies, lane block by lane block; only those that some row sees are set.
+template <class T>
+struct KvBlock {
+  const T* k[kLaneBlocks];  // [D][16]
+  const T* v[kLaneBlocks];  // 16 rows
+  int64_t v_row_stride;
+};
+
+// One block of one row: turns scores into weights in place and brings the row's state to the new maximum.
+static inline void softmax_row(const ForwardRows& rows, int64_t r, int lo, int hi, VecF scale, float* scores) {
+  constexpr int kVecs = kBlockKeys / VecF::size;
+  const VecF lowest = set1(-INFINITY);
+  VecF s[kVecs], top[kVecs];
+  if (lo == 0 && hi == kBlockKeys) {
+    PE_UNROLL for (int i = 0; i < kVecs; ++i) s[i] = mul(load(scores + i * VecF::size), scale);
+  } else {
+    alignas(64) float lane_index[VecF::size];
+    for (int i = 0; i < VecF::size; ++i) lane_index[i] = static_cast<float>(i);
+    const VecF before = set1(static_cast<float>(lo) - 1.0f), after = set1(static_cast<float>(hi));
+    VecF index = load(lane_index);
+    for (int i = 0; i < kVecs; ++i, index = add(index, set1(static_cast<float>(VecF::size)))) {
+      const VecF score = mul(load(scores + i * VecF::size), scale);
+      s[i] = select_gt(index, before, select_gt(after, index, score, lowest), lowest);
+    }
+  }
+  PE_UNROLL for (int i = 0; i < kVecs; ++i) top[i] = s[i];
+  for (int width = kVecs / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) top[i] = max(top[i], top[i + width]);
+  const float block_max = max_lane(top[0]), old_max = rows.max[r];
+  const float new_max = block_max > old_max ? block_max : old_max;
+  // Where every score so far is -inf, nothing is subtracted: the weights are exp(-inf), not NaN.
+  const float base = new_max == -INFINITY ? 0.0f : new_max;
+
+  PE_UNROLL for (int i = 0; i < kVecs; ++i) {
+    s[i] = exp(sub(s[i], set1(base)));
+    store(scores + i * VecF::size, s[i]);
+  }
+  for (int width = kVecs / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) s[i] = add(s[i], s[i + width]);
+
+  float* lane_sums = rows.lane_sums + r * kLaneKeys;
+  if (new_max > old_max) {
+    const VecF rescale = exp(set1(old_max - base));
+    store(lane_sums, mul(load(lane_sums), rescale));
+    float* acc = rows.acc_row(r);
+    for (int64_t d = 0; d < padded(rows.head_dim); d += VecF::size) store(acc + d, mul(load(acc + d), rescale));
+    rows.max[r] = new_max;
+  }
+  store(lane_sums, add(load(lane_sums), s[0]));
+}
+
+// Walks the keys of all rows: kv_block(base, key_begin, key_end) is the KvBlock<T> at key `base` (a multiple of 64), of
+// which keys [key_begin, key_end) are seen. q and ranges are filled in; finish_row follows.
+template <class T, class KvBlockFn>
+static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn& kv_block) {
+  fill_zero(rows.acc, rows.ranges.num_rows * padded(rows.head_dim));
+  fill_zero(rows.lane_sums, rows.ranges.num_rows * kLaneKeys);
+  for (int64_t r = 0; r < rows.ranges.num_rows; ++r) rows.max[r] = -INFINITY;
+  alignas(64) float scores[kTileRows][kBlockKeys];
+  fill_zero(scores[0], kTileRows * kBlockKeys);
+
+  for_each_block(rows.ranges, [&](int64_t base, int64_t key_begin, int64_t key_end, const auto& visit) {
+    const KvBlock<T> kv = kv_block(base, key_begin, key_end);
+    visit([&](const RowTile& tile) {
+      with_count(tile.count, [&]<int R>(Count<R>) {
+        const float* q[R];
+        float* acc[R];
+        for (int i = 0; i < R; ++i) {
+          q[i] = rows.q_row(tile.row[i]);
+          acc[i] = rows.acc_row(tile.row[i]);
+        }
+        dot_tile<R>(q, kv.k, tile.lane_block_begin(), tile.lane_block_end(), rows.head_dim, scores);
+        for (int i = 0; i < R; ++i) softmax_row(rows, tile.row[i], tile.lo[i], tile.hi[i], set1(scale), scores[i]);
+        accumulate_tile<R>(tile, scores, kv.v, kv.v_row_stride, rows.head_dim, acc);
+      });
+    });
+  });
+}
+
+}  // namespace pe::PE_ISA
