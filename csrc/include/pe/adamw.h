@@ -4,14 +4,15 @@
 //            p             = p * (1 - lr * weight_decay)
 //            exp_avg[i]    = beta1 * exp_avg[i] + (1 - beta1) * g
 //            exp_avg_sq[i] = beta2 * exp_avg_sq[i] + (1 - beta2) * g^2
-//            p             = p - lr / (1 - beta1^step) * exp_avg[i] / (sqrt(exp_avg_sq[i]) / sqrt(1 - beta2^step) +
-//            eps) master[i] = p, param[i] = p sum_of_squares: sum_i x[i]^2
+//            d             = sqrt(exp_avg_sq[i]) / sqrt(1 - beta2^step) + eps
+//            p             = p - lr / (1 - beta1^step) * exp_avg[i] / d
+//            master[i]     = p,  param[i] = p
+//            sum_of_squares: sum_i x[i]^2
 // Shapes     every tensor has n elements, contiguous; step >= 1
-// Numerics   param f32 | bf16; master f32, only with a bf16 param; grad f32 | bf16; exp_avg, exp_avg_sq both f32 or
-// both
-//            bf16. f32 arithmetic on unrounded moments, no fused multiply-add; the factors of a step in double, rounded
-//            once to f32; each tensor is rounded once, at its store. A bf16 param without a master loses updates below
-//            half its last bit. A non-finite gradient makes its element NaN
+// Numerics   param f32 | bf16; master f32, only with a bf16 param; grad f32 | bf16; exp_avg and exp_avg_sq both f32
+//            or both bf16. f32 arithmetic on unrounded moments, no fused multiply-add; the factors of a step in
+//            double, rounded once to f32; each tensor is rounded once, at its store. A bf16 param without a master
+//            loses updates below half its last bit. A non-finite gradient makes its element NaN
 //            sum_of_squares: blocks of kSumOfSquaresBlock in f32 (infinite above 1.8e19), blocks added in double
 // Writes     param, exp_avg, exp_avg_sq and master in place; no two arguments may overlap
 // Order      adamw: elementwise, same bits for any number of threads and on every ISA level. sum_of_squares: one tree

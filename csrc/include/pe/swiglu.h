@@ -4,13 +4,13 @@
 // Backward   grad_up[r,c]   = grad_y[r,c] * gate[r,c] * s
 //            grad_gate[r,c] = grad_y[r,c] * up[r,c] * s * (1 + gate[r,c] * (1 - s)), s recomputed from gate
 // Shapes     gate, up, y, grad_y, grad_gate, grad_up [R, F]: last dimension contiguous, row strides in elements, so
-// gate
-//            and up may be the halves of one [R, 2F] product, and grad_gate and grad_up the halves of its gradient
+//            that gate and up may be the halves of one [R, 2F] product, and their gradients the halves of one
 // Numerics   f32 | bf16 in and out; f32 arithmetic, exp within 2 ulp; one rounding, at the store
-// Writes     outputs are overwritten; y may be gate or up, grad_gate and grad_up may be gate, up or grad_y (same
-// strides) Order      elementwise: same bits for any number of threads and rows on one ISA level Cost       memory
-// bound; forward moves 3*R*F * sizeof(dtype) bytes, backward 5*R*F Reference  pyengine/reference/swiglu.py; Shazeer
-// 2020, arXiv:2002.05202
+// Writes     outputs are overwritten; y may be gate or up; grad_gate and grad_up may be gate, up or grad_y (one
+//            pointer, equal strides)
+// Order      elementwise: same bits for any number of threads and rows on one ISA level
+// Cost       memory bound; forward moves 3*R*F * sizeof(dtype) bytes, backward 5*R*F
+// Reference  pyengine/reference/swiglu.py; Shazeer 2020, arXiv:2002.05202
 #pragma once
 #include <cstdint>
 
