@@ -31,10 +31,10 @@ const Tensor& ids(const Tensor& t, const char* name) {
 
 std::span<const int32_t> span_of(const Tensor& t) { return {t.ptr<const int32_t>(), static_cast<size_t>(t.shape[0])}; }
 
-std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64_t intermediate_size, int64_t num_layers,
-                                  int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t sliding_window,
-                                  float norm_eps, bool tie_word_embeddings, const std::string& act_dtype,
-                                  bool int8_activations, int64_t capacity_bytes) {
+std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64_t intermediate_size,
+                                  int64_t num_layers, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                                  int64_t sliding_window, float norm_eps, bool tie_word_embeddings,
+                                  const std::string& act_dtype, bool int8_activations, int64_t capacity_bytes) {
   if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0)
     throw ArgumentError("num_heads: expected a multiple of num_kv_heads, got " + std::to_string(num_heads) + " and " +
                         std::to_string(num_kv_heads));
@@ -161,12 +161,16 @@ void bind_engine(py::module_& m) {
       .def("step", step, py::arg("token_ids"), py::arg("seqs"), py::arg("rows"), py::kw_only(),
            py::arg("logits") = py::none(), py::arg("targets") = py::none(), py::arg("target_logprobs") = py::none())
       .def("add_sequence", [](Decoder& d) { return d.cache().add_sequence(); })
-      .def("free_sequence", [](Decoder& d, int32_t seq) { d.cache().free_sequence(seq); }, py::arg("seq"))
-      .def("grow", [](Decoder& d, int32_t seq, int64_t n) { d.cache().grow(seq, n); }, py::arg("seq"),
-           py::arg("num_tokens"))
-      .def("truncate", [](Decoder& d, int32_t seq, int64_t n) { d.cache().truncate(seq, n); }, py::arg("seq"),
-           py::arg("length"))
-      .def("length", [](Decoder& d, int32_t seq) { return d.cache().length(seq); }, py::arg("seq"))
+      .def(
+          "free_sequence", [](Decoder& d, int32_t seq) { d.cache().free_sequence(seq); }, py::arg("seq"))
+      .def(
+          "grow", [](Decoder& d, int32_t seq, int64_t n) { d.cache().grow(seq, n); }, py::arg("seq"),
+          py::arg("num_tokens"))
+      .def(
+          "truncate", [](Decoder& d, int32_t seq, int64_t n) { d.cache().truncate(seq, n); }, py::arg("seq"),
+          py::arg("length"))
+      .def(
+          "length", [](Decoder& d, int32_t seq) { return d.cache().length(seq); }, py::arg("seq"))
       .def_property_readonly("num_free_pages", [](Decoder& d) { return d.cache().num_free_pages(); })
       .def_property_readonly("num_pages", [](Decoder& d) { return d.cache().num_pages(); })
       .def_property_readonly("page_size", [](Decoder& d) { return d.cache().page_size(); })

@@ -19,6 +19,8 @@ constexpr IsaEntry<MatmulW4A8Isa> kIsas[] = {
 
 }  // namespace
 
+const MatmulW4A8Isa& matmul_w4a8_isa() { return select(kIsas); }
+
 void matmul_w4a8_cpu(const MatmulW4A8& original) {
   const MatmulW4A8Isa& isa = select(kIsas);
   MatmulW4A8 args = original;

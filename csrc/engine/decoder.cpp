@@ -10,9 +10,6 @@
 
 #include "pe/attention_decode.h"
 #include "pe/linear_cross_entropy.h"
-#include "pe/matmul.h"
-#include "pe/matmul_w4a16.h"
-#include "pe/matmul_w4a8.h"
 #include "pe/rms_norm.h"
 #include "pe/rope.h"
 #include "pe/swiglu.h"
@@ -26,14 +23,21 @@ namespace {
 constexpr int64_t kHeadRows = 32;
 // Rows of one item in the phases that go row by row.
 constexpr int64_t kRowGrain = 4;
+// The largest item of a product: enough items to balance the workers, enough rows to use a panel well.
+constexpr int64_t kRowsPerProduct = 96;
+constexpr int64_t kPanelsPerProduct = 8;
+
+BlockWeights block_weights(const Matrix& part) {
+  return {part.packed, part.num_rows, part.num_cols, block_format(part.format)};
+}
 
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-uint8_t* at(void* base, int64_t elements, DType dtype) { return static_cast<uint8_t*>(base) + elements * bytes_of(dtype); }
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+uint8_t* at(void* base, int64_t elements, DType dtype) {
+  return static_cast<uint8_t*>(base) + elements * bytes_of(dtype);
 }
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 void store(void* out, int64_t i, float value, DType dtype) {
   if (dtype == DType::f32)
@@ -49,7 +53,7 @@ void embed_row(const Linear& parts, int64_t token, void* out, DType dtype, float
     if (token >= candidate.offset) part = &candidate;
   const int64_t row = token - part->offset;
   if (is_block_format(part->format)) {
-    block_weights_unpack_row({part->packed, part->num_rows, part->num_cols, block_format(part->format)}, row, scratch);
+    block_weights_unpack_row(block_weights(*part), row, scratch);
     for (int64_t k = 0; k < part->num_cols; ++k) store(out, k, scratch[k], dtype);
     return;
   }
@@ -74,9 +78,11 @@ int64_t buffer_rows(int64_t max_tokens) { return std::max(max_tokens, kHeadRows)
 
 // The larger of what the two block kernels want beside the widest input.
 size_t workspace_bytes(const ModelConfig& c, int64_t max_tokens) {
-  const int64_t widest = (std::max({c.hidden_size, c.q_size(), c.intermediate_size}) + kBlockSize - 1) / kBlockSize * kBlockSize;
+  const int64_t widest =
+      (std::max({c.hidden_size, c.q_size(), c.intermediate_size}) + kBlockSize - 1) / kBlockSize * kBlockSize;
   const int64_t rows = buffer_rows(max_tokens);
-  return static_cast<size_t>(std::max(rows * (widest + widest / kBlockSize) * 4, matmul_w4a8_workspace_bytes(rows, widest)));
+  const int64_t floats = rows * (widest + widest / kBlockSize);
+  return static_cast<size_t>(std::max(floats * 4, rows * quantized_row_bytes(widest)));
 }
 
 size_t buffer_bytes(const ModelConfig& c, int64_t max_tokens) {
@@ -90,7 +96,7 @@ size_t buffer_bytes(const ModelConfig& c, int64_t max_tokens) {
 }  // namespace
 
 const char* phase_kind_name(PhaseKind kind) {
-  constexpr const char* kNames[] = {"embed", "norm",    "qkv",    "rope", "attention", "o",
+  constexpr const char* kNames[] = {"embed",   "norm",   "qkv",  "rope", "attention", "o",
                                     "gate_up", "swiglu", "down", "head", "logprob"};
   return kNames[static_cast<int>(kind)];
 }
@@ -221,72 +227,83 @@ void Decoder::prepare(const Linear& parts, const void* x, int64_t x_row_stride, 
   const ModelConfig& c = model_->config();
   for (const Matrix& part : parts) {
     if (!is_block_format(part.format)) continue;
-    const BlockWeights weight{part.packed, part.num_rows, part.num_cols, block_format(part.format)};
-    if (c.int8_activations)
-      matmul_w4a8_isa().quantize_rows({.x = x, .x_row_stride = x_row_stride, .x_dtype = c.act_dtype}, row_begin, row_end);
-    else
-      matmul_w4a16_isa().prepare({.x = x,
-                                  .weight = weight,
-                                  .y = nullptr,
-                                  .workspace = reinterpret_cast<float*>(workspace_),
-                                  .num_rows = num_rows,
-                                  .x_row_stride = x_row_stride,
-                                  .y_row_stride = 0,
-                                  .x_dtype = c.act_dtype,
-                                  .y_dtype = c.act_dtype},
-                                 row_begin, row_end);
+    if (c.int8_activations) {
+      matmul_w4a8_isa().quantize_rows(int8_product(part, x, x_row_stride, nullptr, 0, num_rows, c.act_dtype), row_begin,
+                                      row_end);
+      return;  // the same rows serve every part
+    }
+    matmul_w4a16_isa().prepare(float_product(part, x, x_row_stride, nullptr, 0, num_rows, c.act_dtype), row_begin,
+                               row_end);
   }
+}
+
+Matmul Decoder::dense_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
+                              int64_t num_rows, DType y_dtype) const {
+  return {.x = x,
+          .packed = part.packed,
+          .y = y,
+          .num_rows = num_rows,
+          .num_cols = part.num_rows,
+          .depth = part.num_cols,
+          .x_row_stride = x_row_stride,
+          .y_row_stride = y_row_stride,
+          .x_dtype = model_->config().act_dtype,
+          .w_dtype = dense_dtype(part.format),
+          .y_dtype = y_dtype};
+}
+
+MatmulW4A16 Decoder::float_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y,
+                                   int64_t y_row_stride, int64_t num_rows, DType y_dtype) const {
+  return {.x = x,
+          .weight = block_weights(part),
+          .y = y,
+          .workspace = reinterpret_cast<float*>(workspace_),
+          .num_rows = num_rows,
+          .x_row_stride = x_row_stride,
+          .y_row_stride = y_row_stride,
+          .x_dtype = model_->config().act_dtype,
+          .y_dtype = y_dtype};
+}
+
+MatmulW4A8 Decoder::int8_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
+                                 int64_t num_rows, DType y_dtype) const {
+  return {.x = x,
+          .weight = block_weights(part),
+          .y = y,
+          .quantized = workspace_,
+          .num_rows = num_rows,
+          .x_row_stride = x_row_stride,
+          .y_row_stride = y_row_stride,
+          .x_dtype = model_->config().act_dtype,
+          .y_dtype = y_dtype};
 }
 
 void Decoder::linear(Phases::Worker& worker, const Linear& parts, const void* x, int64_t x_row_stride, void* y,
                      int64_t y_row_stride, int64_t num_rows, DType y_dtype) const {
-  const ModelConfig& c = model_->config();
   for (const Matrix& part : parts) {
     const int64_t num_part_panels = num_panels(part.num_rows);
-    // Enough items to balance two or more workers, long enough that a worker streams kilobytes of weights.
-    const int64_t rows_per_item = std::min<int64_t>(num_rows, 96);
-    const int64_t panels_per_item = std::clamp<int64_t>(num_part_panels / 16, 1, 8);
+    const int64_t rows_per_item = std::min(num_rows, kRowsPerProduct);
+    const int64_t panels_per_item = std::clamp<int64_t>(num_part_panels / 16, 1, kPanelsPerProduct);
     const int64_t row_items = (num_rows + rows_per_item - 1) / rows_per_item;
     const int64_t panel_items = (num_part_panels + panels_per_item - 1) / panels_per_item;
     void* out = at(y, part.offset, y_dtype);
-    worker.run(row_items * panel_items, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        // Rows run fastest: the same panels serve all rows while they are in cache.
-        const int64_t row_begin = item % row_items * rows_per_item;
-        const int64_t row_end = std::min(row_begin + rows_per_item, num_rows);
-        const int64_t panel_begin = item / row_items * panels_per_item;
-        const int64_t panel_end = std::min(panel_begin + panels_per_item, num_part_panels);
-        if (!is_block_format(part.format)) {
-          matmul_isa().tile({.x = x,
-                             .packed = part.packed,
-                             .y = out,
-                             .num_rows = num_rows,
-                             .num_cols = part.num_rows,
-                             .depth = part.num_cols,
-                             .x_row_stride = x_row_stride,
-                             .y_row_stride = y_row_stride,
-                             .x_dtype = c.act_dtype,
-                             .w_dtype = dense_dtype(part.format),
-                             .y_dtype = y_dtype},
-                            row_begin, row_end, panel_begin, panel_end);
-          continue;
+    const auto multiply = [&](auto tile, const auto& product) {
+      worker.run(row_items * panel_items, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          // Rows run fastest: the same panels serve all rows while they are in cache.
+          const int64_t row_begin = item % row_items * rows_per_item;
+          const int64_t panel_begin = item / row_items * panels_per_item;
+          tile(product, row_begin, std::min(row_begin + rows_per_item, num_rows), panel_begin,
+               std::min(panel_begin + panels_per_item, num_part_panels));
         }
-        const BlockWeights weight{part.packed, part.num_rows, part.num_cols, block_format(part.format)};
-        if (c.int8_activations)
-          matmul_w4a8_isa().tile({}, row_begin, row_end, panel_begin, panel_end);
-        else
-          matmul_w4a16_isa().tile({.x = x,
-                                   .weight = weight,
-                                   .y = out,
-                                   .workspace = reinterpret_cast<float*>(workspace_),
-                                   .num_rows = num_rows,
-                                   .x_row_stride = x_row_stride,
-                                   .y_row_stride = y_row_stride,
-                                   .x_dtype = c.act_dtype,
-                                   .y_dtype = y_dtype},
-                                  row_begin, row_end, panel_begin, panel_end);
-      }
-    });
+      });
+    };
+    if (!is_block_format(part.format))
+      multiply(matmul_isa().tile, dense_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
+    else if (model_->config().int8_activations)
+      multiply(matmul_w4a8_isa().tile, int8_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
+    else
+      multiply(matmul_w4a16_isa().tile, float_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
   }
 }
 
@@ -391,15 +408,13 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                                     .dtype = act,
                                     .cache_dtype = cache_.dtype()};
     uint8_t* scratch = scratch_base_ + scratch_bytes_ * static_cast<size_t>(worker.index());
-    worker.run(attention_decode_num_items(attention), 1, [&](int64_t begin, int64_t end) {
-      attention_decode_isa().rows(attention, begin, end, scratch);
-    });
+    worker.run(attention_decode_num_items(attention), 1,
+               [&](int64_t begin, int64_t end) { attention_decode_isa().rows(attention, begin, end, scratch); });
     mark(worker, PhaseKind::attention);
 
     if (is_block_format(layer.o.front().format)) {
-      worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
-        prepare(layer.o, attended_, c.q_size(), begin, end, num_tokens);
-      });
+      worker.run(num_tokens, kRowGrain,
+                 [&](int64_t begin, int64_t end) { prepare(layer.o, attended_, c.q_size(), begin, end, num_tokens); });
     }
     linear(worker, layer.o, attended_, c.q_size(), delta_, c.hidden_size, num_tokens, act);
     mark(worker, PhaseKind::o);

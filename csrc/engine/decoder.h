@@ -1,8 +1,8 @@
-// One step of the decoder: any number of tokens of any sequences in, logits or log-probabilities out. A step is one native
-// call; all workers walk through its phases together (engine/phases.h).
+// One step of the decoder: any number of tokens of any sequences in, logits or log-probabilities out. A step is one
+// native call; all workers walk through its phases together (engine/phases.h).
 //
-// A row's results depend on the tokens before it in its own sequence only: every kernel computes a row by one arithmetic,
-// so batch, chunking, page size and threads change no bit.
+// A row's results depend on the tokens before it in its own sequence only: every kernel computes a row by one
+// arithmetic, so batch, chunking, page size and threads change no bit.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -12,6 +12,9 @@
 #include "engine/kv_cache.h"
 #include "engine/model.h"
 #include "engine/phases.h"
+#include "pe/matmul.h"
+#include "pe/matmul_w4a16.h"
+#include "pe/matmul_w4a8.h"
 
 namespace pe {
 
@@ -30,8 +33,9 @@ class Decoder {
   // max_tokens: the most tokens of one step.
   Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache, int64_t max_tokens);
 
-  // Appends token_ids[t] to sequence seqs[t] for every t (tokens of one sequence in order; pages claimed by grow before)
-  // and computes what `outputs` asks for. Throws ArgumentError for bad ids, sequences or rows, and changes nothing then.
+  // Appends token_ids[t] to sequence seqs[t] for every t (tokens of one sequence in order; pages claimed by grow
+  // before) and computes what `outputs` asks for. Throws ArgumentError for bad ids, sequences or rows, and changes
+  // nothing then.
   struct Step {
     std::span<const int32_t> token_ids, seqs;  // [T]
     std::span<const int32_t> rows;             // [R] tokens of this step whose logits are wanted
@@ -59,6 +63,13 @@ class Decoder {
   // Fills the workspace that block formats read beside x.
   void prepare(const Linear& parts, const void* x, int64_t x_row_stride, int64_t row_begin, int64_t row_end,
                int64_t num_rows) const;
+  // The same product in the terms of each kernel.
+  Matmul dense_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
+                       int64_t num_rows, DType y_dtype) const;
+  MatmulW4A16 float_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
+                            int64_t num_rows, DType y_dtype) const;
+  MatmulW4A8 int8_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
+                          int64_t num_rows, DType y_dtype) const;
   void mark(Phases::Worker& worker, PhaseKind kind);
 
   std::shared_ptr<const Model> model_;

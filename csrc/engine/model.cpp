@@ -151,8 +151,7 @@ void Model::check() const {
     }
     if (rows != num_rows || !same_cols)
       throw ArgumentError(slot + ": expected " + std::to_string(num_rows) + " x " + std::to_string(num_cols) +
-                          " weights, got " + std::to_string(rows) + " rows" +
-                          (same_cols ? "" : " of another length"));
+                          " weights, got " + std::to_string(rows) + " rows" + (same_cols ? "" : " of another length"));
   };
   const ModelConfig& c = config_;
   expect("embed", embed_, c.vocab_size, c.hidden_size);

@@ -15,10 +15,11 @@ enum class WeightFormat : uint8_t { f32, bf16, q4_0, q4_1, q8_0 };
 const char* weight_format_name(WeightFormat format);
 WeightFormat parse_weight_format(const std::string& name);  // throws ArgumentError
 bool is_block_format(WeightFormat format);
-BlockFormat block_format(WeightFormat format);  // of a block format
-DType dense_dtype(WeightFormat format);         // of f32 and bf16
+BlockFormat block_format(WeightFormat format);                    // of a block format
+DType dense_dtype(WeightFormat format);                           // of f32 and bf16
 int64_t weight_row_bytes(WeightFormat format, int64_t num_cols);  // of one row as it comes from a file
-// Bytes of `num_rows` x `num_cols` weights after packing. Throws ArgumentError for a shape that the format does not take.
+// Bytes of `num_rows` x `num_cols` weights after packing. Throws ArgumentError for a shape that the format does not
+// take.
 int64_t packed_weight_bytes(WeightFormat format, int64_t num_rows, int64_t num_cols);
 
 // A packed matrix [num_rows, num_cols], or the part of one: its outputs start at column `offset`.

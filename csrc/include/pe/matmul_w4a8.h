@@ -48,5 +48,6 @@ struct MatmulW4A8Isa {
   void (*tile)(const MatmulW4A8& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
 };
 PE_DECLARE_ISA_TABLE(MatmulW4A8Isa, matmul_w4a8);
+const MatmulW4A8Isa& matmul_w4a8_isa();  // of the level in use
 
 }  // namespace pe
