@@ -30,6 +30,8 @@ class PackedRow(Protocol):
 class RowSource(Protocol):
     """Rows by sample index, from 0 without end: a pure function, so the index is the whole cursor."""
 
+    @property
+    def rows_per_epoch(self) -> int: ...
     def __getitem__(self, index: int, /) -> PackedRow: ...
 
 
