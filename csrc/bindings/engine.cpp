@@ -99,9 +99,10 @@ std::shared_ptr<Decoder> make_decoder(const std::shared_ptr<Model>& model, int64
 void step(Decoder& decoder, const Tensor& token_ids, const Tensor& seqs, const Tensor& rows,
           const std::optional<Tensor>& logits, const std::optional<Tensor>& targets,
           const std::optional<Tensor>& target_logprobs) {
-  Decoder::Step step{.token_ids = span_of(ids(token_ids, "token_ids")),
-                     .seqs = span_of(ids(seqs, "seqs")),
-                     .rows = span_of(ids(rows, "rows"))};
+  Decoder::Step step;
+  step.token_ids = span_of(ids(token_ids, "token_ids"));
+  step.seqs = span_of(ids(seqs, "seqs"));
+  step.rows = span_of(ids(rows, "rows"));
   if (logits) {
     kCheck.dtype(*logits, "logits", {DType::f32});
     kCheck.shape(*logits, "logits", {rows.shape[0], decoder.model().config().vocab_size});

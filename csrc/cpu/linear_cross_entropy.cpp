@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "pe/matmul.h"
+#include "runtime/aligned_buffer.h"
 #include "runtime/dispatch.h"
 #include "runtime/error.h"
 #include "runtime/parallel.h"
@@ -36,6 +37,10 @@ void check_targets(const int64_t* targets, int64_t num_tokens, int64_t vocab_siz
       throw ArgumentError("[linear_cross_entropy] targets: expected 0 <= target < " + std::to_string(vocab_size) +
                           " or ignore_index " + std::to_string(ignore_index) + ", got " + std::to_string(targets[t]) +
                           " at index " + std::to_string(t));
+}
+
+size_t packed_row_bytes(int64_t num_channels, DType dtype) {
+  return matmul_packed_bytes(kMatmulPanel, num_channels, dtype) / size(kMatmulPanel);
 }
 
 // Columns of the vocabulary that are worked on at a time: whole blocks, within both limits where one block is.
@@ -77,8 +82,7 @@ void block_logits(const Args& args, const char* packed, int64_t row, int64_t row
 
 // Packs rows [col, col_end) of w, for products over the channels.
 template <class Args>
-void pack_part(const Args& args, int64_t col, int64_t col_end, std::vector<char>& packed) {
-  packed.resize(matmul_packed_bytes(col_end - col, args.num_channels, args.dtype));
+void pack_part(const Args& args, int64_t col, int64_t col_end, char* packed) {
   matmul_pack_cpu({.w = advance(args.w, col * args.w_row_stride, args.dtype),
                    .w_row_stride = args.w_row_stride,
                    .w_col_stride = 1,
@@ -86,13 +90,13 @@ void pack_part(const Args& args, int64_t col, int64_t col_end, std::vector<char>
                    .num_cols = args.num_channels,
                    .w_dtype = args.dtype,
                    .packed_dtype = args.dtype,
-                   .packed = packed.data()});
+                   .packed = packed});
 }
 
 // Packs the transpose of `matrix` [num_rows, num_channels], for products over its rows.
-std::vector<char> pack_transposed(const void* matrix, int64_t row_stride, int64_t num_rows, int64_t num_channels,
-                                  DType dtype) {
-  std::vector<char> packed(matmul_packed_bytes(num_channels, num_rows, dtype));
+AlignedBuffer<char> pack_transposed(const void* matrix, int64_t row_stride, int64_t num_rows, int64_t num_channels,
+                                    DType dtype) {
+  AlignedBuffer<char> packed(matmul_packed_bytes(num_channels, num_rows, dtype));
   matmul_pack_cpu({.w = matrix,
                    .w_row_stride = 1,
                    .w_col_stride = row_stride,
@@ -106,33 +110,35 @@ std::vector<char> pack_transposed(const void* matrix, int64_t row_stride, int64_
 
 }  // namespace
 
+const LinearCrossEntropyIsa& linear_cross_entropy_isa() { return select(kIsas); }
+
 float row_lse_cpu(const float* logits, int64_t num_logits) { return select(kIsas).row_lse(logits, num_logits); }
 
 void linear_cross_entropy_fwd_cpu(const LinearCrossEntropyFwd& args) {
   const LinearCrossEntropyIsa& isa = select(kIsas);
-  const int64_t num_tokens = args.num_tokens;
+  const int64_t num_tokens = args.num_tokens, num_channels = args.num_channels;
   check_targets(args.targets, num_tokens, args.vocab_size, args.ignore_index);
   const int64_t cols =
       part_cols(args.vocab_size, matmul_packed_bytes(kMatmulPanel, args.num_channels, args.dtype) / size(kMatmulPanel),
                 kMatmulScratchBytes);
-  std::vector<char> packed;
+  AlignedBuffer<char> packed(matmul_packed_bytes(std::min(cols, args.vocab_size), num_channels, args.dtype));
   std::vector<LogSumExp> total(size(num_tokens), {-INFINITY, 0.0f});
   std::vector<LogSumExp> blocks(size(cols / kLseBlock * num_tokens));
   std::vector<float> target_logits(size(num_tokens));
   for (int64_t part = 0; part < args.vocab_size; part += cols) {
     const int64_t part_end = std::min(part + cols, args.vocab_size);
-    pack_part(args, part, part_end, packed);
+    pack_part(args, part, part_end, packed.data());
     for_each_block(num_tokens, part_end - part, [&](int64_t row, int64_t row_end, int64_t col, int64_t col_end) {
       // Rows are one cache line apart from a power of two.
       constexpr int64_t kRowStride = kLseBlock + 16;
-      std::vector<float> logits(kRowsPerTask * kRowStride);
+      AlignedBuffer<float> logits(size(kRowsPerTask * kRowStride));
       block_logits(args, packed.data(), row, row_end, col, col_end, logits.data(), kRowStride);
       isa.reduce_block(logits.data(), kRowStride, row_end - row, col_end - col,
                        blocks.data() + col / kLseBlock * num_tokens + row);
       for (int64_t t = row; t < row_end; ++t) {
         const int64_t target = args.targets[t] - part;
         if (target >= col && target < col_end)
-          target_logits[size(t)] = logits[size((t - row) * kRowStride + target - col)];
+          target_logits[size(t)] = logits.data()[(t - row) * kRowStride + target - col];
       }
     });
     parallel_for(num_tokens, 1024, [&](int64_t begin, int64_t end) {
@@ -153,12 +159,12 @@ void linear_cross_entropy_bwd_cpu(const LinearCrossEntropyBwd& args) {
   for (int64_t t = 0; t < num_tokens; ++t)
     grad_nll[size(t)] = args.targets[t] == args.ignore_index ? 0.0f : args.grad_nll[t];
 
-  const size_t packed_col_bytes = matmul_packed_bytes(kMatmulPanel, num_channels, args.dtype) / size(kMatmulPanel);
-  const int64_t cols = std::min(part_cols(args.vocab_size, packed_col_bytes, kMatmulScratchBytes),
-                                part_cols(args.vocab_size, size(num_tokens) * sizeof(float), kGradLogitsBytes));
+  const int64_t cols =
+      std::min(part_cols(args.vocab_size, packed_row_bytes(num_channels, args.dtype), kMatmulScratchBytes),
+               part_cols(args.vocab_size, size(num_tokens) * sizeof(float), kGradLogitsBytes));
   const int64_t row_stride = cols + 16;  // one cache line apart from a power of two
-  std::vector<float> grad_logits(size(num_tokens * row_stride));
-  std::vector<char> packed;
+  AlignedBuffer<float> grad_logits(size(num_tokens * row_stride));
+  AlignedBuffer<char> packed(matmul_packed_bytes(std::min(cols, args.vocab_size), num_channels, args.dtype));
 
   // grad_x sums over the parts in f32; in f32 it is its own sum.
   const bool rounds = args.dtype != DType::f32;
@@ -167,12 +173,12 @@ void linear_cross_entropy_bwd_cpu(const LinearCrossEntropyBwd& args) {
   const int64_t grad_x_row_stride = rounds ? num_channels : args.grad_x_row_stride;
   if (args.grad_x && !rounds)
     for (int64_t t = 0; t < num_tokens; ++t) std::fill_n(grad_x + t * grad_x_row_stride, num_channels, 0.0f);
-  std::vector<char> packed_x;
+  AlignedBuffer<char> packed_x;
   if (args.grad_w) packed_x = pack_transposed(args.x, args.x_row_stride, num_tokens, num_channels, args.dtype);
 
   for (int64_t part = 0; part < args.vocab_size; part += cols) {
     const int64_t part_end = std::min(part + cols, args.vocab_size), num_cols = part_end - part;
-    pack_part(args, part, part_end, packed);
+    pack_part(args, part, part_end, packed.data());
     for_each_block(num_tokens, num_cols, [&](int64_t row, int64_t row_end, int64_t col, int64_t col_end) {
       float* logits = grad_logits.data() + row * row_stride + col;
       block_logits(args, packed.data(), row, row_end, col, col_end, logits, row_stride);
@@ -185,8 +191,8 @@ void linear_cross_entropy_bwd_cpu(const LinearCrossEntropyBwd& args) {
                       target_cols);
     });
     if (args.grad_x) {
-      const std::vector<char> packed_w = pack_transposed(advance(args.w, part * args.w_row_stride, args.dtype),
-                                                         args.w_row_stride, num_cols, num_channels, args.dtype);
+      const AlignedBuffer<char> packed_w = pack_transposed(advance(args.w, part * args.w_row_stride, args.dtype),
+                                                           args.w_row_stride, num_cols, num_channels, args.dtype);
       matmul_cpu({.x = grad_logits.data(),
                   .packed = packed_w.data(),
                   .y = grad_x,

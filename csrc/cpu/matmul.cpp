@@ -2,9 +2,10 @@
 #include "pe/matmul.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
+#include <string>
+#include <type_traits>
 
+#include "runtime/aligned_buffer.h"
 #include "runtime/checked.h"
 #include "runtime/dispatch.h"
 #include "runtime/error.h"
@@ -34,6 +35,8 @@ int64_t panels_per_task(int64_t depth) {
 }
 
 }  // namespace
+
+const MatmulIsa& matmul_isa() { return select(kIsas); }
 
 int64_t matmul_num_panels(int64_t num_rows) { return num_rows / kMatmulPanel + (num_rows % kMatmulPanel != 0); }
 
@@ -71,18 +74,16 @@ void matmul_unpacked_cpu(const Matmul& args, const MatmulPack& w) {
   const int64_t num_panels = matmul_num_panels(args.num_cols);
   const int64_t panels = std::min(
       num_panels, std::max<int64_t>(1, static_cast<int64_t>(kMatmulScratchBytes / std::max<size_t>(panel_bytes, 1))));
-  const auto free = [](char* p) { operator delete[](p, std::align_val_t{64}); };
-  const std::unique_ptr<char[], decltype(free)> scratch(
-      static_cast<char*>(operator new[](static_cast<size_t>(panels) * panel_bytes, std::align_val_t{64})), free);
+  AlignedBuffer<char> scratch(static_cast<size_t>(panels) * panel_bytes);
   for (int64_t panel = 0; panel < num_panels; panel += panels) {
     const int64_t col = panel * kMatmulPanel, num_cols = std::min(panels * kMatmulPanel, args.num_cols - col);
     MatmulPack part = w;
     part.w = advance(w.w, col * w.w_row_stride, w.w_dtype);
     part.num_rows = num_cols;
-    part.packed = scratch.get();
+    part.packed = scratch.data();
     matmul_pack_cpu(part);
     Matmul product = args;
-    product.packed = scratch.get();
+    product.packed = scratch.data();
     product.y = advance(args.y, col, args.y_dtype);
     product.num_cols = num_cols;
     matmul_cpu(product);

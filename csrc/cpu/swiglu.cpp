@@ -17,6 +17,8 @@ int64_t rows_per_task(int64_t num_cols) { return 1 + kElementsPerTask / std::max
 
 }  // namespace
 
+const SwigluIsa& swiglu_isa() { return select(kIsas); }
+
 void swiglu_fwd_cpu(const SwigluFwd& args) {
   const SwigluIsa& isa = select(kIsas);
   parallel_for(args.num_rows, rows_per_task(args.num_cols),

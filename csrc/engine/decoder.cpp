@@ -30,9 +30,6 @@ constexpr int64_t kRowGrain = 4;
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 uint8_t* at(void* base, int64_t elements, DType dtype) { return static_cast<uint8_t*>(base) + elements * bytes_of(dtype); }
-const uint8_t* at(const void* base, int64_t elements, DType dtype) {
-  return static_cast<const uint8_t*>(base) + elements * bytes_of(dtype);
-}
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -185,6 +182,19 @@ void Decoder::step(const Step& step) {
   profile_.num_tokens += static_cast<int64_t>(step.token_ids.size());
 }
 
+void Decoder::reserve_scratch(int num_workers) {
+  const ModelConfig& c = model_->config();
+  AttentionDecode shape{};
+  shape.num_heads = c.num_heads;
+  shape.num_kv_heads = c.num_kv_heads;
+  shape.head_dim = c.head_dim;
+  scratch_bytes_ = Arena::rounded(static_cast<size_t>(attention_decode_scratch_bytes(shape)));
+  if (!scratch_ || scratch_->capacity() < scratch_bytes_ * static_cast<size_t>(num_workers)) {
+    scratch_ = std::make_unique<Arena>(scratch_bytes_ * static_cast<size_t>(num_workers), "attention scratch");
+    scratch_base_ = scratch_->allocate(scratch_->capacity());
+  }
+}
+
 void Decoder::mark(Phases::Worker& worker, PhaseKind kind) {
   if (worker.index() != 0) return;
   const double t = now();
@@ -218,7 +228,7 @@ void Decoder::prepare(const Linear& parts, const void* x, int64_t x_row_stride, 
       matmul_w4a16_isa().prepare({.x = x,
                                   .weight = weight,
                                   .y = nullptr,
-                                  .workspace = workspace_,
+                                  .workspace = reinterpret_cast<float*>(workspace_),
                                   .num_rows = num_rows,
                                   .x_row_stride = x_row_stride,
                                   .y_row_stride = 0,
@@ -268,7 +278,7 @@ void Decoder::linear(Phases::Worker& worker, const Linear& parts, const void* x,
           matmul_w4a16_isa().tile({.x = x,
                                    .weight = weight,
                                    .y = out,
-                                   .workspace = workspace_,
+                                   .workspace = reinterpret_cast<float*>(workspace_),
                                    .num_rows = num_rows,
                                    .x_row_stride = x_row_stride,
                                    .y_row_stride = y_row_stride,
@@ -380,7 +390,7 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                                     .scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim)),
                                     .dtype = act,
                                     .cache_dtype = cache_.dtype()};
-    uint8_t* scratch = scratch_->data(worker.index());
+    uint8_t* scratch = scratch_base_ + scratch_bytes_ * static_cast<size_t>(worker.index());
     worker.run(attention_decode_num_items(attention), 1, [&](int64_t begin, int64_t end) {
       attention_decode_isa().rows(attention, begin, end, scratch);
     });

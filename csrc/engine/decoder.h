@@ -50,6 +50,7 @@ class Decoder {
  private:
   void check(const Step& step);
   void place(const Step& step);
+  void reserve_scratch(int num_workers);
   void run(const Step& step, Phases::Worker& worker);
   void layers(const Step& step, Phases::Worker& worker);
   void head(const Step& step, Phases::Worker& worker);
@@ -70,7 +71,9 @@ class Decoder {
   float* logits_;  // [kHeadRows, vocab_size]
   std::vector<int32_t> positions_, batch_seqs_, block_table_;
   int64_t num_batch_seqs_ = 0, block_table_stride_ = 0;
-  std::vector<std::vector<uint8_t>> scratch_;  // of attention, one per worker
+  std::unique_ptr<Arena> scratch_;  // of attention, scratch_bytes_ per worker
+  uint8_t* scratch_base_ = nullptr;
+  size_t scratch_bytes_ = 0;
   Profile profile_;
   double last_mark_ = 0;
 };

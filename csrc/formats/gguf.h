@@ -18,11 +18,12 @@
 
 namespace pe {
 
-// The limits below keep the heap under 200 MB and later conversions to Python under 500 MB, whatever a file says.
-// Counts are also bounded by the bytes that are left, before anything is allocated.
+// The limits below keep the heap under 200 MB, and the Python objects made of names and metadata under 700 MB, whatever
+// a file says. Counts are also bounded by the bytes that are left, before anything is allocated.
 
+// A thousand times what published models hold.
+inline constexpr uint64_t kMaxGgufEntries = uint64_t{1} << 17;
 // Ten times what the largest published models hold.
-inline constexpr uint64_t kMaxGgufEntries = uint64_t{1} << 20;
 inline constexpr uint64_t kMaxGgufTensors = uint64_t{1} << 20;
 // The specification's.
 inline constexpr uint64_t kMaxGgufKeyBytes = 65535;

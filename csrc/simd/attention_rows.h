@@ -2,8 +2,8 @@
 //
 // One row walks the keys that it sees in blocks of 64 by absolute index. Within a block:
 //   scores   one fma chain over 64 d ascending per key, lanes = keys; the chains of a longer head added in order
-//   softmax  block maximum, rescaling of what is summed so far, exp, lane sums in a fixed tree
-//   values   acc[d] = fma(p_j, v_j[d], acc[d]) over j ascending
+//   softmax  block maximum, rescaling factor of what is summed so far, exp, lane sums in a fixed tree
+//   values   one fma chain over j ascending per d, from zero; then acc[d] = fma(acc[d], factor, chain[d])
 // Rows are taken up to six at a time so that loads of K and V are shared; each keeps its own chain, so the tile it
 // falls into cannot change its bits. The same two products serve the backward with the roles of keys and queries
 // exchanged.
@@ -31,6 +31,10 @@ constexpr int kTileVecs = VecF::size == 16 ? 4 : 2;
 static constexpr int64_t padded(int64_t head_dim) { return (head_dim + kLaneKeys - 1) / kLaneKeys * kLaneKeys; }
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline void fill_zero(float* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
+}
 
 // Rows of one walk: row r sees keys [begin[r], end[r]). The union of the ranges has no gap.
 struct RowRanges {
@@ -109,8 +113,7 @@ static inline void with_count(int count, const Body& body) {
   }
 }
 
-// --- products
-// ---------------------------------------------------------------------------------------------------------
+// --- products --------------------------------------------------------------------------------------------------------
 
 // scores[r][n * size + lane] = sum_d(rows[r][d] * lanes[n][d * 16 + lane]) over d in [begin, end), added to what is
 // there unless begin is 0.
@@ -160,14 +163,14 @@ static void dot_tile(const float* const* rows, const T* const* lane_blocks, int 
   }
 }
 
-// acc[r][d0 ...] += sum_j(weights[r][j] * values[j][d0 ...]) over j in [lo, hi), N vectors; with kPartial the one
+// sums[r][d0 ...] += sum_j(weights[r][j] * values[j][d0 ...]) over j in [lo, hi), N vectors; with kPartial the one
 // vector has `tail` elements.
 template <int R, int N, bool kPartial, class T>
 static inline void accumulate_vecs(const float* const* weights, int lo, int hi, const T* const* values,
-                                   int64_t row_stride, int64_t d0, int64_t tail, float* const* acc) {
+                                   int64_t row_stride, int64_t d0, int64_t tail, float* const* sums) {
   VecF sum[R][N];
   PE_UNROLL for (int r = 0; r < R; ++r) {
-    PE_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = load(acc[r] + d0 + n * VecF::size);
+    PE_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = load(sums[r] + d0 + n * VecF::size);
   }
   for (int begin = lo; begin < hi;) {
     const int lane_block = begin / kLaneKeys;
@@ -184,55 +187,61 @@ static inline void accumulate_vecs(const float* const* weights, int lo, int hi, 
     begin = end;
   }
   PE_UNROLL for (int r = 0; r < R; ++r) {
-    PE_UNROLL for (int n = 0; n < N; ++n) store(acc[r] + d0 + n * VecF::size, sum[r][n]);
+    PE_UNROLL for (int n = 0; n < N; ++n) store(sums[r] + d0 + n * VecF::size, sum[r][n]);
   }
 }
 
 // The same over the whole head.
 template <int R, class T>
 static void accumulate_range(const float* const* weights, int lo, int hi, const T* const* values, int64_t row_stride,
-                             int64_t head_dim, float* const* acc) {
+                             int64_t head_dim, float* const* sums) {
   int64_t d = 0;
   for (; head_dim - d >= kTileVecs * VecF::size; d += kTileVecs * VecF::size)
-    accumulate_vecs<R, kTileVecs, false>(weights, lo, hi, values, row_stride, d, 0, acc);
+    accumulate_vecs<R, kTileVecs, false>(weights, lo, hi, values, row_stride, d, 0, sums);
   if constexpr (kTileVecs > 2) {
     if (head_dim - d >= 2 * VecF::size) {
-      accumulate_vecs<R, 2, false>(weights, lo, hi, values, row_stride, d, 0, acc);
+      accumulate_vecs<R, 2, false>(weights, lo, hi, values, row_stride, d, 0, sums);
       d += 2 * VecF::size;
     }
   }
   if (head_dim - d >= VecF::size) {
-    accumulate_vecs<R, 1, false>(weights, lo, hi, values, row_stride, d, 0, acc);
+    accumulate_vecs<R, 1, false>(weights, lo, hi, values, row_stride, d, 0, sums);
     d += VecF::size;
   }
-  if (head_dim > d) accumulate_vecs<R, 1, true>(weights, lo, hi, values, row_stride, d, head_dim - d, acc);
+  if (head_dim > d) accumulate_vecs<R, 1, true>(weights, lo, hi, values, row_stride, d, head_dim - d, sums);
 }
 
-// The same for rows with ranges of their own: what all rows see in one tile, the rest row by row, j ascending in each.
+// acc[r] = acc[r] * factor[r] + sum_j(weights[r][j] * values[j]) over the range of each row: what all rows see in one
+// tile, the rest row by row, so that j ascends in each.
 template <int R, class T>
 static inline void accumulate_tile(const RowTile& tile, const float (*weights)[kBlockKeys], const T* const* values,
-                                   int64_t row_stride, int64_t head_dim, float* const* acc) {
-  int lo = tile.lo[0], hi = tile.hi[0];
+                                   int64_t row_stride, int64_t head_dim, const float* factor, float* const* acc) {
+  alignas(64) float block_sums[R][kAttentionMaxHeadDim];
   const float* w[R];
+  float* sums[R];
+  int lo = tile.lo[0], hi = tile.hi[0];
   for (int r = 0; r < R; ++r) {
     w[r] = weights[r];
+    sums[r] = block_sums[r];
+    fill_zero(sums[r], padded(head_dim));
     lo = tile.lo[r] > lo ? tile.lo[r] : lo;
     hi = tile.hi[r] < hi ? tile.hi[r] : hi;
   }
-  const auto alone = [&](int r, int begin, int end) {
-    if (begin < end) accumulate_range<1>(w + r, begin, end, values, row_stride, head_dim, acc + r);
-  };
-  if (lo >= hi) {
-    for (int r = 0; r < R; ++r) alone(r, tile.lo[r], tile.hi[r]);
-    return;
+  if (lo >= hi) lo = hi = kBlockKeys;  // nothing in common: each row is its own first part
+  for (int r = 0; r < R; ++r) {
+    const int end = tile.hi[r] < lo ? tile.hi[r] : lo;
+    if (tile.lo[r] < end) accumulate_range<1>(w + r, tile.lo[r], end, values, row_stride, head_dim, sums + r);
   }
-  for (int r = 0; r < R; ++r) alone(r, tile.lo[r], lo);
-  accumulate_range<R>(w, lo, hi, values, row_stride, head_dim, acc);
-  for (int r = 0; r < R; ++r) alone(r, hi, tile.hi[r]);
+  if (lo < hi) accumulate_range<R>(w, lo, hi, values, row_stride, head_dim, sums);
+  for (int r = 0; r < R; ++r) {
+    if (hi < tile.hi[r]) accumulate_range<1>(w + r, hi, tile.hi[r], values, row_stride, head_dim, sums + r);
+    const VecF scale = set1(factor[r]);
+    for (int64_t d = 0; d < padded(head_dim); d += VecF::size)
+      store(acc[r] + d, fma(load(acc[r] + d), scale, load(sums[r] + d)));
+  }
 }
 
-// --- rows
-// -------------------------------------------------------------------------------------------------------------
+// --- rows ------------------------------------------------------------------------------------------------------------
 
 template <class T>
 static inline void load_row(const T* row, int64_t head_dim, float* out) {
@@ -249,10 +258,6 @@ static inline void store_row(T* row, int64_t head_dim, const float* values, cons
   if (d < head_dim) store(row + d, op(load(values + d)), head_dim - d);
 }
 
-static inline void fill_zero(float* p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
-}
-
 // Cuts scratch into pieces of whole cache lines.
 struct ScratchCursor {
   char* next;
@@ -264,8 +269,7 @@ struct ScratchCursor {
   }
 };
 
-// --- forward
-// ----------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 // The state of one forward walk. attention_scratch_bytes(num_rows, head_dim, false) holds it.
 struct ForwardRows {
@@ -305,11 +309,21 @@ struct KvBlock {
   int64_t v_row_stride;
 };
 
-// One block of one row: turns scores into weights in place and brings the row's state to the new maximum.
-static inline void softmax_row(const ForwardRows& rows, int64_t r, int lo, int hi, VecF scale, float* scores) {
+// v[0] op v[1] op ... op v[N - 1], lane by lane, in halves.
+template <int N, class Op>
+static inline VecF tree(const VecF* v, const Op& op) {
+  if constexpr (N == 1)
+    return v[0];
+  else
+    return op(tree<N / 2>(v, op), tree<N / 2>(v + N / 2, op));
+}
+
+// One block of one row: turns scores into weights in place and brings maximum and lane sums up to date. Returns the
+// factor for what acc holds.
+static inline float softmax_row(const ForwardRows& rows, int64_t r, int lo, int hi, VecF scale, float* scores) {
   constexpr int kVecs = kBlockKeys / VecF::size;
   const VecF lowest = set1(-INFINITY);
-  VecF s[kVecs], top[kVecs];
+  VecF s[kVecs];
   if (lo == 0 && hi == kBlockKeys) {
     PE_UNROLL for (int i = 0; i < kVecs; ++i) s[i] = mul(load(scores + i * VecF::size), scale);
   } else {
@@ -322,10 +336,7 @@ static inline void softmax_row(const ForwardRows& rows, int64_t r, int lo, int h
       s[i] = select_gt(index, before, select_gt(after, index, score, lowest), lowest);
     }
   }
-  PE_UNROLL for (int i = 0; i < kVecs; ++i) top[i] = s[i];
-  for (int width = kVecs / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) top[i] = max(top[i], top[i + width]);
-  const float block_max = max_lane(top[0]), old_max = rows.max[r];
+  const float block_max = max_lane(tree<kVecs>(s, [](VecF a, VecF b) { return max(a, b); })), old_max = rows.max[r];
   const float new_max = block_max > old_max ? block_max : old_max;
   // Where every score so far is -inf, nothing is subtracted: the weights are exp(-inf), not NaN.
   const float base = new_max == -INFINITY ? 0.0f : new_max;
@@ -334,18 +345,14 @@ static inline void softmax_row(const ForwardRows& rows, int64_t r, int lo, int h
     s[i] = exp(sub(s[i], set1(base)));
     store(scores + i * VecF::size, s[i]);
   }
-  for (int width = kVecs / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) s[i] = add(s[i], s[i + width]);
 
+  const VecF total = tree<kVecs>(s, [](VecF a, VecF b) { return add(a, b); });
+  alignas(64) float factor[VecF::size];
+  store(factor, exp(set1(old_max - base)));
   float* lane_sums = rows.lane_sums + r * kLaneKeys;
-  if (new_max > old_max) {
-    const VecF rescale = exp(set1(old_max - base));
-    store(lane_sums, mul(load(lane_sums), rescale));
-    float* acc = rows.acc_row(r);
-    for (int64_t d = 0; d < padded(rows.head_dim); d += VecF::size) store(acc + d, mul(load(acc + d), rescale));
-    rows.max[r] = new_max;
-  }
-  store(lane_sums, add(load(lane_sums), s[0]));
+  store(lane_sums, fma(load(lane_sums), load(factor), total));
+  rows.max[r] = new_max;
+  return factor[0];
 }
 
 // Walks the keys of all rows: kv_block(base, key_begin, key_end) is the KvBlock<T> at key `base` (a multiple of 64), of
@@ -364,13 +371,15 @@ static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn&
       with_count(tile.count, [&]<int R>(Count<R>) {
         const float* q[R];
         float* acc[R];
+        float factor[R];
         for (int i = 0; i < R; ++i) {
           q[i] = rows.q_row(tile.row[i]);
           acc[i] = rows.acc_row(tile.row[i]);
         }
         dot_tile<R>(q, kv.k, tile.lane_block_begin(), tile.lane_block_end(), rows.head_dim, scores);
-        for (int i = 0; i < R; ++i) softmax_row(rows, tile.row[i], tile.lo[i], tile.hi[i], set1(scale), scores[i]);
-        accumulate_tile<R>(tile, scores, kv.v, kv.v_row_stride, rows.head_dim, acc);
+        for (int i = 0; i < R; ++i)
+          factor[i] = softmax_row(rows, tile.row[i], tile.lo[i], tile.hi[i], set1(scale), scores[i]);
+        accumulate_tile<R>(tile, scores, kv.v, kv.v_row_stride, rows.head_dim, factor, acc);
       });
     });
   });

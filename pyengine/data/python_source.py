@@ -77,7 +77,8 @@ class PythonSource:
         for parent, node in self._docstrings:
             if len(parent.body) == 1 and not isinstance(parent, ast.Module):
                 continue
-            assert node.end_lineno is not None and node.end_col_offset is not None
+            assert node.end_lineno is not None
+            assert node.end_col_offset is not None
             start, end = self.starts[node.lineno - 1], self.starts[node.end_lineno]
             before = self.data[start : self._offset(node.lineno, node.col_offset)]
             after = self.data[self._offset(node.end_lineno, node.end_col_offset) : end]

@@ -27,7 +27,7 @@ def quantize_q4_0(weight: npt.NDArray[Any], search: bool = False) -> _Uint8:
 
     Args:
         weight: [..., in_features], finite, in_features a multiple of 32.
-        search: choose d per block for the least squared error instead of from the largest magnitude; about 30 times the
+        search: choose d per block for the least squared error instead of from the largest magnitude; about 80 times the
             work.
 
     Returns:
@@ -52,7 +52,7 @@ def quantize_q4_1(weight: npt.NDArray[Any], search: bool = False) -> _Uint8:
     Args:
         weight: [..., in_features], finite, in_features a multiple of 32.
         search: choose m and d per block for the least squared error instead of from the smallest and largest weight;
-            about 60 times the work.
+            about 80 times the work.
 
     Returns:
         uint8 [..., in_features / 32 * 20].
@@ -76,7 +76,7 @@ def quantize_q8_0(weight: npt.NDArray[Any], search: bool = False) -> _Uint8:
 
     Args:
         weight: [..., in_features], finite, in_features a multiple of 32.
-        search: choose d per block for the least squared error instead of from the largest magnitude; about 30 times the
+        search: choose d per block for the least squared error instead of from the largest magnitude; about 80 times the
             work.
 
     Returns:

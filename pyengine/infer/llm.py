@@ -16,6 +16,7 @@ from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.infer.explain import Explanation, explain
 from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
 from pyengine.infer.outputs import Completion, Score, TextPiece
+from pyengine.infer.runner import Runner
 from pyengine.infer.sampling_params import SamplingParams
 from pyengine.infer.scheduler import Scheduler
 from pyengine.infer.sequence import Sequence
@@ -67,8 +68,8 @@ class LLM:
             max_batch_tokens=max_batch_tokens,
         )
         self._loaded: LoadedModel = load_model(model, options)
-        self._decoder: _C.Decoder = self._loaded.decoder
-        self._scheduler = Scheduler(self._decoder)
+        self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size)
+        self._scheduler = Scheduler(self._runner)
         self._lock = threading.Lock()
 
     @classmethod
@@ -166,16 +167,16 @@ class LLM:
             return Score([], [])
         self._check_length(len(prompt_ids) + len(ids), f"prompts[{index}]")
         inputs = np.array((prompt_ids + ids)[:-1], np.int32)
-        targets = np.concatenate([np.full(len(prompt_ids) - 1, -1, np.int32), np.array(ids, np.int32)])
-        logprobs = self._decoder.score(inputs, targets)
-        return Score(ids, logprobs[len(prompt_ids) - 1 :].tolist())
+        targets = np.concatenate([np.zeros(len(prompt_ids) - 1, np.int32), np.array(ids, np.int32)])
+        logprobs = self._runner.target_logprobs(inputs, targets, len(prompt_ids) - 1)
+        return Score(ids, logprobs.tolist())
 
     def logits(self, token_ids: SequenceOf[int]) -> np.ndarray:
         """Logits after each token of one sequence: float32 [len(token_ids), vocab_size]."""
         ids = self._encode(token_ids, "token_ids")
         self._check_length(len(ids), "token_ids")
         with self._lock:
-            return self._decoder.logits(np.array(ids, np.int32))  # type: ignore[no-any-return]
+            return self._runner.logits(np.array(ids, np.int32))
 
     def explain(self) -> Explanation:
         """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
@@ -201,7 +202,8 @@ class LLM:
                 for sequence in running:
                     if sequence.failure is not None:
                         raise sequence.failure
-                running = [sequence for sequence in running if sequence.finish_reason is None]
+                # Another caller's step may have finished a sequence whose last pieces are still to be taken.
+                running = [sequence for sequence in running if sequence.finish_reason is None or sequence.inbox]
         finally:
             with self._lock:
                 for sequence in sequences:

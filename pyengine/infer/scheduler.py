@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 
-import numpy as np
-
-from pyengine import _C
 from pyengine.errors import CapacityError
-from pyengine.infer.outputs import TokenLogprobs
+from pyengine.infer.runner import Runner, SampleRow
 from pyengine.infer.sequence import Sequence
 
 
 class Scheduler:
     """Runs sequences on one native decoder. Not thread-safe: its owner holds a lock."""
 
-    def __init__(self, decoder: _C.Decoder) -> None:
-        self._decoder = decoder
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._decoder = runner.decoder
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
 
@@ -47,29 +45,25 @@ class Scheduler:
             return
         token_ids: list[int] = []
         slots: list[int] = []
-        sampled: list[tuple[Sequence, int]] = []
-        for sequence, chunk in plan:
+        sampled: list[Sequence] = []
+        rows: list[SampleRow] = []
+        for sequence, slot, chunk in plan:
             token_ids += chunk
-            slots += [sequence.slot] * len(chunk)  # type: ignore[list-item]
+            slots += [slot] * len(chunk)
             sequence.num_cached += len(chunk)
             if sequence.num_cached == sequence.num_tokens:
-                sampled.append((sequence, len(token_ids) - 1))
-        rows = np.array([row for _, row in sampled], np.int32)
-        ids, logprobs, top_ids, top_logprobs = self._decoder.step(
-            np.array(token_ids, np.int32), np.array(slots, np.int32), rows, _sampling([s for s, _ in sampled])
-        )
-        for i, (sequence, _) in enumerate(sampled):
-            num_top = sequence.params.logprobs or 0
-            top = dict(zip(top_ids[i, :num_top].tolist(), top_logprobs[i, :num_top].tolist(), strict=True))
-            piece = sequence.accept(TokenLogprobs(int(ids[i]), float(logprobs[i]), top))
+                sampled.append(sequence)
+                rows.append(SampleRow(len(token_ids) - 1, sequence.params, sequence.prompt_token_ids + sequence.token_ids))
+        for sequence, token in zip(sampled, self._runner.step(token_ids, slots, rows), strict=True):
+            piece = sequence.accept(token)
             sequence.inbox.append(piece)
             if piece.completion is not None:
                 self._running.remove(sequence)
                 self._release(sequence)
 
-    def _plan(self) -> list[tuple[Sequence, list[int]]]:
-        """Sequences and the tokens that each feeds, with pages claimed for all of them."""
-        budget = self._decoder.max_tokens
+    def _plan(self) -> list[tuple[Sequence, int, list[int]]]:
+        """Sequences, their native numbers and the tokens that each feeds, with pages claimed for all of them."""
+        budget = self._runner.max_tokens
         plan: list[tuple[Sequence, list[int]]] = []
         # One token for each that decodes, then chunks for those still in their prompt; both in order of arrival.
         for sequence in sorted(self._running, key=lambda s: s.num_tokens - s.num_cached > 1):
@@ -95,10 +89,11 @@ class Scheduler:
             self._running.append(sequence)
             plan.append((sequence, chunk))
             budget -= len(chunk)
-        return [(sequence, chunk) for sequence, chunk in plan if sequence.slot is not None]
+        # A sequence that gave its pages away after it was planned has no slot.
+        return [(sequence, sequence.slot, chunk) for sequence, chunk in plan if sequence.slot is not None]
 
     def _pages_for(self, sequence: Sequence, num_tokens: int) -> int:
-        size = self._decoder.page_size
+        size = int(self._decoder.page_size)
         return -(-(sequence.num_cached + num_tokens) // size) - -(-sequence.num_cached // size)
 
     def _claim(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -129,24 +124,3 @@ class Scheduler:
             sequence.slot = None
             sequence.num_cached = 0
 
-
-def _sampling(sequences: list[Sequence]) -> dict[str, np.ndarray]:
-    """The options of one row each, as the arrays that the native sampler reads."""
-    params = [s.params for s in sequences]
-    needs_history = [p.repetition_penalty != 1.0 for p in params]
-    history = [
-        np.array(s.prompt_token_ids + s.token_ids if needed else [], np.int32)
-        for s, needed in zip(sequences, needs_history, strict=True)
-    ]
-    return {
-        "temperature": np.array([p.temperature for p in params], np.float32),
-        "top_k": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
-        "top_p": np.array([p.top_p for p in params], np.float32),
-        "min_p": np.array([p.min_p for p in params], np.float32),
-        "repetition_penalty": np.array([p.repetition_penalty for p in params], np.float32),
-        "seeds": np.array([p.seed for p in params], np.uint64),
-        "positions": np.array([s.num_tokens for s in sequences], np.int64),
-        "previous_ids": np.concatenate([*history, np.empty(0, np.int32)]),
-        "previous_offsets": np.cumsum([0, *map(len, history)], dtype=np.int64),
-        "num_logprobs": max((p.logprobs or 0 for p in params), default=0),  # type: ignore[dict-item]
-    }

@@ -68,9 +68,10 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = str(path)
         self._file: GgufReader = open_gguf(path)
+        self._metadata = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._file.metadata.items()}
         rope_freqs = self._file.dequantize("rope_freqs.weight") if "rope_freqs.weight" in self._file else None
         try:
-            self.spec = spec_from_gguf(self._file.metadata, list(self._file), rope_freqs=rope_freqs)
+            self.spec = spec_from_gguf(self._metadata, list(self._file), rope_freqs=rope_freqs)
         except ArgumentError as error:
             field, _, message = str(error).partition(": ")
             raise ModelFileError(self.path, None, field, message) from error
@@ -100,10 +101,12 @@ class GgufSource:
         return rows if order is None else rows[order]
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_gguf(self._file.metadata, path=self.path)
+        return Tokenizer.from_gguf(self._metadata, path=self.path)
 
     def chat_template(self) -> ChatTemplate | None:
-        return ChatTemplate.from_gguf(self._file.metadata, path=self.path)
+        if "tokenizer.chat_template" not in self._metadata:
+            return None
+        return ChatTemplate.from_gguf(self._metadata, path=self.path)
 
 
 class FolderSource:
@@ -158,4 +161,9 @@ class FolderSource:
         return Tokenizer.from_folder(self.path)
 
     def chat_template(self) -> ChatTemplate | None:
+        folder = Path(self.path)
+        config = folder / "tokenizer_config.json"
+        has_own = config.exists() and "chat_template" in read_json_object(config, max_bytes=MAX_INDEX_BYTES)
+        if not has_own and not (folder / "chat_template.jinja").exists():
+            return None
         return ChatTemplate.from_folder(self.path)

@@ -1,5 +1,6 @@
 """The specification of attention. Contract: csrc/include/pe/attention.h."""
 
+import itertools
 import math
 
 import torch
@@ -35,7 +36,7 @@ def attention_with_lse(
     """(y [T, H, D], lse [T, H]), lse the log of the sum of exp of the scores, in the type of the sums."""
     offsets = [0, q.shape[0]] if segment_offsets is None else segment_offsets.tolist()
     parts = []
-    for begin, end in zip(offsets, offsets[1:], strict=False):
+    for begin, end in itertools.pairwise(offsets):
         position = torch.arange(end - begin)
         distance = position[:, None] - position
         visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)

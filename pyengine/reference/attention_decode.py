@@ -22,7 +22,9 @@ def attention_decode(
     for t in range(q.shape[0]):
         last = int(position[t])
         first = 0 if sliding_window is None else max(0, last + 1 - sliding_window)
-        page, slot = slots(v_pages.shape[2], block_table, seq[t].expand(last + 1 - first), torch.arange(first, last + 1))
+        page, slot = slots(
+            v_pages.shape[2], block_table, seq[t].expand(last + 1 - first), torch.arange(first, last + 1)
+        )
         k = k_pages[page, :, slot // 16, :, slot % 16]
         v = v_pages[page, :, slot]
         acc = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pyengine.formats.gguf import GgufReader, open_gguf
 
 
 def smollm2_gguf() -> Path:
@@ -17,14 +20,18 @@ def smollm2_gguf() -> Path:
     return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
 
+@functools.cache
+def open_smollm2() -> GgufReader:
+    """The file, opened once."""
+    return open_gguf(smollm2_gguf())
+
+
 def read_smollm2_metadata() -> dict[str, Any]:
-    """Metadata as plain Python values, read by the package gguf."""
-    gguf = pytest.importorskip("gguf")
-    return {name: field.contents() for name, field in gguf.GGUFReader(smollm2_gguf()).fields.items()}
+    """Its metadata: key -> value."""
+    return open_smollm2().metadata
 
 
 def read_smollm2_shapes() -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, outermost dimension first."""
-    gguf = pytest.importorskip("gguf")
-    tensors = gguf.GGUFReader(smollm2_gguf()).tensors
-    return {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in tensors}
+    reader = open_smollm2()
+    return {name: reader.info(name).shape for name in reader}

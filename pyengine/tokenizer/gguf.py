@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from pyengine.errors import ModelFileError
 from pyengine.jsonfile import file_error
 from pyengine.tokenizer.checks import MAX_TOKENS
@@ -53,7 +55,7 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 
 
 class GgufTokenizerReader:
-    """`metadata` is that of the GGUF file at `path`; keys are `tokenizer.ggml.*`, arrays are lists."""
+    """`metadata` is that of the GGUF file at `path`; arrays are lists, those of numbers may be numpy arrays."""
 
     def __init__(self, metadata: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         self.metadata = metadata
@@ -108,14 +110,20 @@ class GgufTokenizerReader:
             raise self._fail("tokens", f"expected a list of 1 to {MAX_TOKENS} tokens")
         if not all(isinstance(token, str) for token in tokens):
             raise self._fail("tokens", "expected strings")
+        try:
+            "".join(tokens).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self._fail("tokens", "expected UTF-8, which a byte-level vocabulary is written in") from error
         return tokens
 
     def _added_tokens(self, tokens: list[str]) -> list[dict[str, Any]]:
         types = self._get("token_type")
         if types is None:
             return []
+        if isinstance(types, np.ndarray):
+            types = types.tolist()
         if not isinstance(types, list) or len(types) != len(tokens):
-            raise self._fail("token_type", f"expected a list of {len(tokens)} types, one for each token")
+            raise self._fail("token_type", f"expected {len(tokens)} types, one for each token")
         if unknown := next((kind for kind in types if type(kind) is not int or not 1 <= kind <= 6), None):
             raise self._fail("token_type", f"expected types from 1 to 6, got {unknown!r:.40}")
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}

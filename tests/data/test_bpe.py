@@ -103,12 +103,16 @@ def test_digits_stand_alone(tokenizer: Tokenizer) -> None:
 
 
 def test_training_is_the_same_in_any_process() -> None:
-    code = "from tests.data.test_bpe import TEXTS, train_bpe; print(train_bpe(TEXTS, 330).to_str())"
+    code = "import json, sys; from pyengine.data.bpe import train_bpe; "
+    code += "print(train_bpe(json.load(sys.stdin), 330).to_str())"
     outputs = set()
     for threads in ("1", "2"):
         environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
         command = [sys.executable, "-c", code]
-        outputs.add(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+        result = subprocess.run(
+            command, input=json.dumps(TEXTS), capture_output=True, text=True, check=True, env=environment
+        )
+        outputs.add(result.stdout)
     assert len(outputs) == 1
 
 

@@ -22,6 +22,7 @@ from pyengine.families import (
 )
 from pyengine.families.llama import gguf_rope_freqs, gguf_row_order, gguf_tensor_names
 from pyengine.spec import FactorScaling, LinearScaling, Llama3Scaling, ModelSpec, RopeSpec
+from pyengine.testing.smollm2 import open_smollm2
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -198,6 +199,24 @@ def test_row_order_undoes_the_gguf_permutation(num_heads: int, head_dim: int) ->
     gguf = weight.reshape(num_heads, 2, head_dim // 2, 5).swapaxes(1, 2).reshape(rows, 5)
     np.testing.assert_array_equal(gguf[unpermute_rows(num_heads, head_dim)], weight)
     np.testing.assert_array_equal(weight[permute_rows(num_heads, head_dim)], gguf)
+
+
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_rows_of_a_real_file_move_as_in_transformers(part: str) -> None:
+    """Moving quantised rows, then dequantising, gives what transformers gets in the other order."""
+    quants = pytest.importorskip("gguf.quants")
+    processors = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    reader = open_smollm2()
+    spec = spec_from_gguf(reader.metadata, list(reader))
+    order = gguf_row_order(spec, f"model.layers.0.self_attn.{part}_proj.weight")
+    assert order is not None
+    name = f"blk.0.attn_{part}.weight"
+    kind = quants.GGMLQuantizationType[reader.info(name).type]
+    got = quants.dequantize(reader[name][order], kind)
+    expected = processors.LlamaTensorProcessor()._reverse_permute_weights(
+        quants.dequantize(reader[name], kind), spec.num_heads, spec.num_heads if part == "q" else spec.num_kv_heads
+    )
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_row_order_only_for_rotated_projections() -> None:

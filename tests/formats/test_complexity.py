@@ -103,6 +103,7 @@ def test_metadata_entries_are_limited(tmp_path):
     assert "at most 65536 entries" in results[1][1]
 
 
+@pytest.mark.slow
 def test_largest_header_stays_in_the_limits(tmp_path):
     """A header close to the 100 MB limit that asks for the most tensors, dimensions and offsets it can."""
     entry = '{"dtype":"U8","shape":[1,1,1,1,1,1,1,0],"data_offsets":[0,0]}'

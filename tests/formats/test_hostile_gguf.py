@@ -17,17 +17,18 @@ from tests.formats.gguf_builder import (
     small_valid_file,
     tensor,
 )
-from tests.formats.hostile_gguf import BROKEN, LOADS, UPSTREAM
+from tests.formats.hostile_gguf import BROKEN, LOADS, UPSTREAM, field_of
 
-FIELDS = {"magic", "version", "n_tensors", "n_kv", "metadata", "tensors", "general.alignment", "general.name[0]",
-          "general.tags[1]", "metadata[0].key", "tensors[0].name", "tensors[2].name"}  # fmt: skip
 CONVERTED = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
-PARTS = {"type", "element_type", "length", "n_dims", "shape", "offset"}
 
 
 def load(path, content: bytes):
-    """Opens a file and touches everything in it."""
     path.write_bytes(content)
+    return touch(path)
+
+
+def touch(path):
+    """Opens a file and reads everything in it."""
     reader = open_gguf(path)
     assert set(reader.metadata) == set(reader.metadata_types)
     for name in reader:
@@ -46,8 +47,6 @@ def assert_refused(path, content: bytes) -> ModelFileError:
     error = caught.value
     assert error.path == str(path)
     assert 0 <= error.offset <= len(content)
-    # A field of the format, or a key or tensor of the file with the part that is wrong.
-    assert error.field in FIELDS | {"k", "k[0]"} or error.field.rpartition(".")[2] in PARTS
     return error
 
 
@@ -57,12 +56,12 @@ def test_upstream_case(tmp_path, name):
     if loads:
         load(tmp_path / "f.gguf", content)
     else:
-        assert_refused(tmp_path / "f.gguf", content)
+        assert assert_refused(tmp_path / "f.gguf", content).field == field_of(name)
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_file(tmp_path, name):
-    assert_refused(tmp_path / "f.gguf", BROKEN[name])
+    assert assert_refused(tmp_path / "f.gguf", BROKEN[name]).field == field_of(name)
 
 
 @pytest.mark.parametrize("name", LOADS)
@@ -70,67 +69,49 @@ def test_odd_file_loads(tmp_path, name):
     load(tmp_path / "f.gguf", LOADS[name])
 
 
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("HEADER_BAD_N_KV", "n_kv"),
-        ("KV_DUPLICATE_KEY", "metadata"),
-        ("KV_WRONG_TYPE_ALIGN", "general.alignment"),
-        ("TENSORS_BAD_N_DIMS", "my_tensor.n_dims"),
-        ("TENSORS_NBYTES_TOO_BIG", "my_tensor.shape"),
-        ("TENSORS_INCONSISTENT_ALIGN", "my_tensor_1.offset"),
-        ("DATA_NOT_ENOUGH_DATA", "my_tensor_1.offset"),
-        ("CVE-2026-33298 bytes of type 2", "t.shape"),
-        ("padding wraps to zero", "t.shape"),
-        ("padding wraps below 2^63", "t.offset"),
-        ("alignment 2^31", "general.alignment"),
-        ("43-byte file, array of 2^63", "k.length"),
-        ("overlap", "b.offset"),
-        ("zero hides a product", "t.shape"),
-    ],
-)
-def test_field_and_offset_are_those_of_the_fault(tmp_path, name, field):
-    content = UPSTREAM[name][0] if name in UPSTREAM else BROKEN[name]
-    assert assert_refused(tmp_path / "f.gguf", content).field == field
-
-
 def test_every_truncation(tmp_path):
     content = middle_valid_file()
     assert 1700 < len(content) < 2300
-    load(tmp_path / "f.gguf", content)
-    for size in range(1, len(content)):
+    path = tmp_path / "f.gguf"
+    load(path, content)
+    for size in reversed(range(len(content))):
+        os.truncate(path, size)
         with pytest.raises(ModelFileError):
-            load(tmp_path / "f.gguf", content[:size])
+            touch(path)
 
 
 def test_every_bit_flip(tmp_path):
     content = small_valid_file()
     assert 450 < len(content) < 650
+    path = tmp_path / "f.gguf"
+    load(path, content)
     num_loaded = 0
-    for bit in range(8 * len(content)):
-        flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
-        try:
-            load(tmp_path / "f.gguf", bytes(flipped))
-        except ModelFileError:
-            continue
-        num_loaded += 1
+    with open(path, "r+b", buffering=0) as file:
+        for bit in range(8 * len(content)):
+            os.pwrite(file.fileno(), bytes([content[bit // 8] ^ 1 << bit % 8]), bit // 8)
+            try:
+                touch(path)
+                num_loaded += 1
+            except ModelFileError:
+                pass
+            os.pwrite(file.fileno(), content[bit // 8 : bit // 8 + 1], bit // 8)
+    assert path.read_bytes() == content
     # The data, the padding, and values and letters of metadata flip freely.
     assert 8 * 96 < num_loaded < 8 * 300
 
 
 def test_limits_of_counts_from_both_sides(tmp_path):
-    """2^20 entries or tensors may be asked for; one more is refused, though the file is large enough."""
+    """2^20 tensors and 2^17 entries may be asked for; one more is refused, though the file is large enough."""
     path = tmp_path / "f.gguf"
-    for field, position in (("n_tensors", 8), ("n_kv", 16)):
-        for count in (2**20, 2**20 + 1):
+    for field, position, limit in (("n_tensors", 8, 2**20), ("n_kv", 16, 2**17)):
+        for count in (limit, limit + 1):
             head = bytearray(bytes(GgufFile()))
             head[position : position + 8] = struct.pack("<Q", count)
             path.write_bytes(head)
             os.truncate(path, 64 << 20)
             with pytest.raises(ModelFileError) as caught:
                 open_gguf(path)
-            assert (caught.value.field == field) == (count > 2**20)
+            assert (caught.value.field == field) == (count > limit)
 
 
 def test_limit_of_strings_from_both_sides(tmp_path):

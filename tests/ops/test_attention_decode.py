@@ -105,9 +105,7 @@ def test_layouts(isa, layout):
     cache, other = Cache([20], 2, 24, 16, F32), Cache([20], 2, 24, 16, F32)
     for c, (a, b) in ((cache, (k, v)), (other, (k.contiguous(), v.contiguous()))):
         c.append(a, b, [0] * 20, range(20))
-    assert_same_bits(
-        cache.attend(q, [0] * 20, range(20)), other.attend(q.contiguous(), [0] * 20, range(20))
-    )
+    assert_same_bits(cache.attend(q, [0] * 20, range(20)), other.attend(q.contiguous(), [0] * 20, range(20)))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -194,7 +192,9 @@ def test_touches_no_byte_outside_its_tensors(isa, head_dim, dtype):
         cache, _ = filled([33], 2, head_dim, 16, dtype, guard=True)
         q = guarded(torch.randn(3, 4, head_dim).to(dtype), at_end=at_end)
         y = guarded(torch.zeros(3, 4, head_dim).to(dtype), at_end=at_end)
-        table, seq, position = (guarded(t, at_end=at_end) for t in (cache.block_table, int32([0] * 3), int32([0, 15, 32])))
+        table, seq, position = (
+            guarded(t, at_end=at_end) for t in (cache.block_table, int32([0] * 3), int32([0, 15, 32]))
+        )
         _C.attention_decode_cpu(q, cache.k_pages, cache.v_pages, table, seq, position, y, 1.0, None)
         assert y.isfinite().all()
         k = guarded(torch.randn(3, 2, head_dim).to(dtype), at_end=at_end)
@@ -262,7 +262,9 @@ def test_compiles_without_graph_break():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_error_names_the_op_the_argument_and_both_sides(device):
-    def decode(q=(2, 4, 8), k=(3, 2, 1, 8, 16), v=(3, 2, 16, 8), table=(1, 3), seq=2, position=2, dtype=F32, index=torch.int32):
+    def decode(
+        q=(2, 4, 8), k=(3, 2, 1, 8, 16), v=(3, 2, 16, 8), table=(1, 3), seq=2, position=2, dtype=F32, index=torch.int32
+    ):
         attention_decode(
             torch.zeros(q, device=device, dtype=dtype),
             torch.zeros(k, device=device),
@@ -288,7 +290,9 @@ def test_error_names_the_op_the_argument_and_both_sides(device):
     pages = torch.zeros(3, 2, 1, 8, 16, device=device), torch.zeros(3, 2, 16, 8, device=device)
     rows = torch.zeros(1, 2, 8, device=device)
     index = [torch.zeros(n, dtype=torch.int32, device=device) for n in ((1, 1), 1, 1)]
-    with pytest.raises(RuntimeError, match=r"\[kv_append\] v: expected shape \(1, 2, 8\), the shape of k, got \(1, 1, 8\)"):
+    with pytest.raises(
+        RuntimeError, match=r"\[kv_append\] v: expected shape \(1, 2, 8\), the shape of k, got \(1, 1, 8\)"
+    ):
         kv_append(rows, rows[:, :1], *pages, *index)
 
 

@@ -11,13 +11,13 @@ import unittest.mock
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import ModelFileError
-from pyengine.testing.smollm2 import smollm2_gguf
 from pyengine.tokenizer import Tokenizer
 from pyengine.tokenizer.gguf import GgufTokenizerReader
 from pyengine.tokenizer.stream import token_bytes
@@ -52,18 +52,8 @@ def tokenizer(smollm2_metadata: dict[str, Any]) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Any:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    from tokenizers import pre_tokenizers
-
-    path = smollm2_gguf()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    # transformers reads vocabulary, merges and special tokens, and leaves out the split of digits that "smollm" means.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    return tokenizer
+def oracle(smollm2_transformers: Any) -> Any:
+    return smollm2_transformers
 
 
 def real_texts() -> list[str]:
@@ -100,6 +90,13 @@ def test_ids_are_those_of_transformers(tokenizer: Tokenizer, oracle: Any) -> Non
     expected = oracle(texts, add_special_tokens=True)["input_ids"]
     for text, ids in zip(texts, expected, strict=True):
         assert tokenizer.encode(text) == ids, text
+
+
+def test_merges_are_those_of_transformers(smollm2_metadata: dict[str, Any], oracle: Any) -> None:
+    expected = json.loads(oracle.backend_tokenizer.to_str())["model"]["merges"]
+    merges = GgufTokenizerReader(smollm2_metadata, "model.gguf").description()["model"]["merges"]
+    assert len(merges) == 48900
+    assert merges == expected
 
 
 def test_vocabulary_is_that_of_transformers(tokenizer: Tokenizer, oracle: Any) -> None:
@@ -195,6 +192,9 @@ TINY: dict[str, Any] = {
         ({"tokens": []}, "tokens"),
         ({"tokens": ["a", 1]}, "tokens"),
         ({"tokens": ["a"] * 11}, "tokens"),
+        ({"tokens": ["a", "\udcff"]}, "tokens"),
+        ({"token_type": np.ones(11)}, "token_type"),
+        ({"token_type": np.ones((11, 1), np.int32)}, "token_type"),
         ({"token_type": [1]}, "token_type"),
         ({"token_type": [1.0] * 11}, "token_type"),
         ({"token_type": [7] * 11}, "token_type"),
@@ -225,6 +225,11 @@ def test_bos_and_eos_flags() -> None:
     tokenizer = Tokenizer.from_gguf(TINY | flags)
     assert tokenizer.encode("ab") == [0, 5, 1]
     assert tokenizer.encode("ab", add_special_tokens=False) == [5]
+
+
+def test_types_may_be_an_array() -> None:
+    types = np.asarray(TINY["tokenizer.ggml.token_type"], np.int32)
+    assert Tokenizer.from_gguf(TINY | {"tokenizer.ggml.token_type": types}).encode("a<tool>b<s>") == [3, 2, 4, 0]
 
 
 def test_user_defined_tokens_are_kept_in_text() -> None:

@@ -18,7 +18,6 @@ from jinja2.ext import loopcontrols
 
 from pyengine.errors import ArgumentError, CapacityError, ModelFileError
 from pyengine.testing.chat_templates import CHATML, CONVERSATIONS, LLAMA2, QWEN3, TEMPLATES, TOOLS, ZEPHYR
-from pyengine.testing.smollm2 import smollm2_gguf
 from pyengine.testing.tiny import write_tiny_tokenizer
 from pyengine.tokenizer import ChatTemplate, TemplateError, Tokenizer, assistant_mask
 from pyengine.tokenizer.template_process import TemplateLimits
@@ -88,11 +87,10 @@ def test_most_renderings_are_texts() -> None:
     assert kinds.count("text") >= 110
 
 
-def test_smollm2_renders_and_encodes_as_transformers(smollm2_metadata: dict[str, Any]) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    path = smollm2_gguf()
-    oracle = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+def test_smollm2_renders_and_encodes_as_transformers(
+    smollm2_metadata: dict[str, Any], smollm2_transformers: Any
+) -> None:
+    oracle = smollm2_transformers
     template = ChatTemplate.from_gguf(smollm2_metadata)
     tokenizer = Tokenizer.from_gguf(smollm2_metadata)
     source = smollm2_metadata["tokenizer.chat_template"]
@@ -266,15 +264,21 @@ def test_threads_and_forks_share_a_template() -> None:
         thread.join()
     assert results == {number: str(number) * 1000 for number in range(8)}
 
+    renderer = template._process._child
+    assert renderer is not None
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            code = 0 if template.render([{"role": "user", "content": "child"}]) == "child" else 1
+            text = template.render([{"role": "user", "content": "child"}])
+            # A renderer shared by two processes would mix their answers.
+            own = template._process._child
+            code = 0 if text == "child" and own is not None and own.pid != renderer.pid else 1
         finally:
             os._exit(code)
     assert template.render([{"role": "user", "content": "parent"}]) == "parent"
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert template._process._child is renderer
     assert template.render([{"role": "user", "content": "parent"}]) == "parent"
 
 

@@ -83,5 +83,6 @@ struct LinearCrossEntropyIsa {
   void (*narrow)(const float* from, bf16* to, int64_t num);
 };
 PE_DECLARE_ISA_TABLE(LinearCrossEntropyIsa, linear_cross_entropy);
+const LinearCrossEntropyIsa& linear_cross_entropy_isa();  // of the level in use
 
 }  // namespace pe

@@ -62,5 +62,6 @@ struct MatmulIsa {
   void (*tile)(const Matmul& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
 };
 PE_DECLARE_ISA_TABLE(MatmulIsa, matmul);
+const MatmulIsa& matmul_isa();  // of the level in use
 
 }  // namespace pe

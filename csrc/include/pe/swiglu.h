@@ -49,5 +49,6 @@ struct SwigluIsa {
   void (*bwd)(const SwigluBwd& args, int64_t row_begin, int64_t row_end);
 };
 PE_DECLARE_ISA_TABLE(SwigluIsa, swiglu);
+const SwigluIsa& swiglu_isa();  // of the level in use
 
 }  // namespace pe
