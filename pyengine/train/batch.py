@@ -15,7 +15,7 @@ IGNORE = -100
 
 
 class PackedRow(Protocol):
-    """A row as `pyengine.data.packing` makes it: four int32 arrays [seq_len]; padding has segment -1 and stands last."""
+    """A row as `pyengine.data.packing` makes it: four int32 arrays [seq_len]; padding is last, with segment -1."""
 
     @property
     def input_ids(self) -> npt.NDArray[np.int32]: ...

@@ -1,7 +1,7 @@
 """The training loop: micro-batches, exact accumulation, clipping, evaluation, callbacks.
 
-A step is a pure function of the parameters, the optimizer state and the rows that its number gives, so a run that goes on
-from a checkpoint has the bits of one that never stopped.
+A step is a pure function of the parameters, the optimizer state and the rows that its number gives, so a run that goes
+on from a checkpoint has the bits of one that never stopped.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over the targets of the first `num_eval_rows` evaluation rows, or of all if there are fewer; nats."""
+        """Mean loss over the targets of the first `num_eval_rows` rows, or of one epoch if it has fewer; nats."""
         if self.eval_rows is None:
             raise TrainingError("eval_rows: expected data to evaluate on, got none")
         self.model.eval()

@@ -7,16 +7,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from models.specification import causal_lm_logits  # noqa: E402
+from train.toy import ToyRows, toy_spec, toy_trainer  # noqa: E402
+
 from pyengine.errors import ConfigError  # noqa: E402
 from pyengine.models import CausalLM, from_pretrained, save_pretrained  # noqa: E402
-from pyengine.reference.causal_lm import causal_lm_logits  # noqa: E402
 from pyengine.testing import assert_accurate, assert_same_bits, force_num_threads  # noqa: E402
 from pyengine.train import progress  # noqa: E402
 from pyengine.train.accumulate import GradientAccumulator  # noqa: E402
 from pyengine.train.batch import batches_of, collate  # noqa: E402
 from pyengine.train.loop import Callback, LoopConfig, TrainingError, sum_nll  # noqa: E402
 from pyengine.train.schedule import ScheduleConfig, learning_rate  # noqa: E402
-from tests.train.toy import ToyRows, toy_spec, toy_trainer  # noqa: E402
 
 pytestmark = pytest.mark.train
 
@@ -52,9 +53,8 @@ def test_fifty_losses_equal_transformers(tmp_path, tied):
     peer_losses = []
     for step in range(50):
         batch = [rows[index] for index in range(4 * step, 4 * step + 4)]
-        input_ids, targets = (
-            torch.from_numpy(np.stack([getattr(row, name) for row in batch])).long() for name in ("input_ids", "targets")
-        )
+        input_ids = torch.from_numpy(np.stack([row.input_ids for row in batch])).long()
+        targets = torch.from_numpy(np.stack([row.targets for row in batch])).long()
         logits = peer(input_ids).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
         optimiser.zero_grad()

@@ -13,6 +13,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from train.toy import ToyRows, toy_spec, toy_trainer  # noqa: E402
+
 from pyengine.errors import ArgumentError  # noqa: E402
 from pyengine.ledger import content_id, read  # noqa: E402
 from pyengine.models import CausalLM, from_pretrained  # noqa: E402
@@ -25,7 +27,6 @@ from pyengine.train.metrics import MetricsLog, plot_loss, read_metrics  # noqa: 
 from pyengine.train.random_state import get_random_state, seed_everything, set_random_state  # noqa: E402
 from pyengine.train.run import TrainingStopped, run_training  # noqa: E402
 from pyengine.train.schedule import ScheduleConfig  # noqa: E402
-from tests.train.toy import ToyRows, toy_spec, toy_trainer  # noqa: E402
 
 pytestmark = pytest.mark.train
 
@@ -97,7 +98,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(tmp_path, kills, d
     assert without_speed(read_metrics(tmp_path / "killed")) == without_speed(entries)
     assert (resumed.train_loss, resumed.eval_loss) == (result.train_loss, result.eval_loss)
     assert (resumed.num_steps, resumed.num_tokens) == (result.num_steps, result.num_tokens)
-    saved, again = from_pretrained(result.model_folder, dtype=dtype), from_pretrained(resumed.model_folder, dtype=dtype)
+    saved, again = (from_pretrained(r.model_folder, dtype=dtype) for r in (result, resumed))
     assert_same_bits(again.output_weight.data, saved.output_weight.data)
 
 
@@ -151,11 +152,9 @@ def test_another_configuration_is_refused(tmp_path, change, message):
 
 def test_without_resume_a_folder_with_checkpoints_is_refused(tmp_path):
     _, model, trainer = run(tmp_path, num_steps=2, checkpoint_every=2)
+    config = RunConfig(folder=tmp_path, loop=trainer.config)
     with pytest.raises(ArgumentError, match="folder: expected no checkpoint without resume"):
-        run_training(
-            trainer, model, tmp_path, stage="toy", config=RunConfig(folder=tmp_path, loop=trainer.config), inputs=INPUTS,
-            resume=False,
-        )  # fmt: skip
+        run_training(trainer, model, tmp_path, stage="toy", config=config, inputs=INPUTS, resume=False)
 
 
 def test_the_folder_holds_what_it_should(tmp_path):
@@ -289,8 +288,8 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     trainer = toy_trainer(stopped, schedule=schedule, loss=noisy_loss, eval_rows=ToyRows(seed=1), **options)
     trainer.callbacks.append(Signal())
     folder = tmp_path / "stopped"
+    config = RunConfig(folder=folder, loop=trainer.config)
     with pytest.raises(TrainingStopped) as error:
-        config = RunConfig(folder=folder, loop=trainer.config)
         run_training(trainer, stopped, folder, stage="toy", config=config, inputs=INPUTS)
     assert (error.value.signal, error.value.checkpoint.step) == (number, 3)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
