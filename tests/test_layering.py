@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"_C", "reference"},
     "nn": {"ops", "spec"},
     "optim": {"ops"},
-    "models": {"ops", "nn", "spec", "families", "formats"},
+    "models": {"ops", "nn", "spec", "jsonfile", "families", "formats"},
     "data": {"spec", "ledger", "tokenizer", "formats"},
     "evals": {"infer", "data"} | CORE,
     "quant": {"infer", "data"} | CORE,

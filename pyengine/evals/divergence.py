@@ -18,8 +18,8 @@ def kl_divergence(logits_p: npt.NDArray[Any], logits_q: npt.NDArray[Any]) -> _Fl
     """KL(P || Q) of the softmaxes, nats: logits [..., V] of any float dtype -> [...], never negative.
 
     With d = log q - log p every term is p * (exp(d) - 1 - d), whose sum is the same because p and q both sum to 1. No
-    term is negative and equal rows give exactly 0, where sum(p * (log p - log q)) would leave the rounding of large terms
-    that cancel. A token that only P can produce makes it infinite; a NaN comes through.
+    term is negative and equal rows give exactly 0, where sum(p * (log p - log q)) would leave the rounding of large
+    terms that cancel. A token that only P can produce makes it infinite; a NaN comes through.
 
     Raises:
         ArgumentError: the shapes differ, or there is no vocabulary.

@@ -155,12 +155,12 @@ class CausalLM(nn.Module):
         hidden = self.model(input_ids.reshape(-1), PackedPositions(positions, offsets, cos, sin))
         if targets is None:
             logits = matmul(hidden, self.output_weight, out_dtype=torch.float32)
-            return logits.unflatten(0, input_ids.shape)
+            return logits.view(*input_ids.shape, -1)
         if targets.shape != input_ids.shape:
             raise ArgumentError(f"targets: expected shape {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
         self._check_ids("targets", targets, allow_ignore=True)
         nll = linear_cross_entropy(hidden, self.output_weight, targets.reshape(-1), ignore_index=IGNORE)
-        return nll.unflatten(0, input_ids.shape)
+        return nll.view(input_ids.shape)
 
     def _check_ids(self, name: str, ids: Tensor, *, allow_ignore: bool) -> None:
         if ids.dtype not in (torch.int32, torch.int64):

@@ -28,7 +28,7 @@ _LM_HEAD = "lm_head.weight"
 
 
 def from_pretrained(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> CausalLM:
-    """The model in a Hugging Face folder (config.json and safetensors) or in a GGUF file, whose weights are dequantised.
+    """The model in a Hugging Face folder (config.json and safetensors) or in a GGUF file, then dequantised.
 
     Args:
         path: the folder or file.
@@ -102,7 +102,8 @@ def _open_files(folder: Path) -> list[SafetensorsReader]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelFileError(str(index_path), None, "weight_map", f"expected file names in the folder, got {name!r}")
+            message = f"expected file names in the folder, got {name!r}"
+            raise ModelFileError(str(index_path), None, "weight_map", message)
     return [open_safetensors(folder / name) for name in names]
 
 

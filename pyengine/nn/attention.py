@@ -59,9 +59,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         q = rope(q, packed.cos, packed.sin, packed.position_ids)
         k = rope(k, packed.cos, packed.sin, packed.position_ids)
-        y = attention(
-            q, k, v, causal=True, segment_offsets=packed.segment_offsets, sliding_window=self.sliding_window
-        )
+        y = attention(q, k, v, causal=True, segment_offsets=packed.segment_offsets, sliding_window=self.sliding_window)
         return self.o_proj(y.flatten(-2))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

@@ -138,9 +138,8 @@ class AdamW:
         for name, value in own.items():
             got = tensors[name]
             if got.shape != value.shape or got.dtype != value.dtype:
-                raise ArgumentError(
-                    f"tensors[{name!r}]: expected {value.dtype} {tuple(value.shape)}, got {got.dtype} {tuple(got.shape)}"
-                )
+                expected = f"{value.dtype} {tuple(value.shape)}"
+                raise ArgumentError(f"tensors[{name!r}]: expected {expected}, got {got.dtype} {tuple(got.shape)}")
         if num_steps < 0:
             raise ArgumentError(f"num_steps: expected at least 0, got {num_steps}")
         for name, value in own.items():

@@ -1,1 +1,1 @@
-"""One file per stage: a configuration and `run(config)`. Recipes share mechanism through `pyengine.train`, not each other."""
+"""One file per stage: a configuration and `run(config)`. What stages share is in `pyengine.train`."""

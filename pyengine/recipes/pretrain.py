@@ -1,11 +1,11 @@
 """Pretraining: next-token prediction on shards of packed documents, from random weights or from a model.
 
-    pyengine.recipes.pretrain.run(load_config(PretrainConfig, "pretrain.yaml", ["optim.learning_rate=1e-3"]))
+pyengine.recipes.pretrain.run(load_config(PretrainConfig, "pretrain.yaml", ["optim.learning_rate=1e-3"]))
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,9 +92,9 @@ class PretrainConfig(Config):
     folder: Path
     data: DataConfig
     loop: LoopConfig
-    optim: OptimConfig = OptimConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     init_from: Path | None = None
     tokenizer: Path | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -1,12 +1,12 @@
 """Supervised fine-tuning on conversations; only what the assistant says is learned.
 
-Data is JSON lines of `{"messages": [{"role": ..., "content": ...}, ...]}`. The chat template of the model makes the text
-and the mask of the assistant's tokens; whole conversations are packed into rows.
+Data is JSON lines of `{"messages": [{"role": ..., "content": ...}, ...]}`. The chat template of the model makes the
+text and the mask of the assistant's tokens; whole conversations are packed into rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,8 +56,8 @@ class SftConfig(Config):
     data: DataConfig
     loop: LoopConfig
     tokenizer: Path | None = None
-    optim: OptimConfig = OptimConfig(learning_rate=2e-5, weight_decay=0.0)
-    schedule: ScheduleConfig = ScheduleConfig(warmup_steps=10)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=2e-5, weight_decay=0.0))
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup_steps=10))
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: Annotated[int, Range(low=0, high=2**63 - 1)] = 0
     resume: bool = True

@@ -15,7 +15,7 @@ IGNORE = -100
 
 
 class PackedRow(Protocol):
-    """A row as `pyengine.data.packing` makes it: four int32 arrays [seq_len]; padding has segment -1 and stands last."""
+    """A row as `pyengine.data.packing` makes it: four int32 arrays [seq_len]; padding is last, with segment -1."""
 
     @property
     def input_ids(self) -> npt.NDArray[np.int32]: ...
@@ -30,6 +30,8 @@ class PackedRow(Protocol):
 class RowSource(Protocol):
     """Rows by sample index, from 0 without end: a pure function, so the index is the whole cursor."""
 
+    @property
+    def rows_per_epoch(self) -> int: ...
     def __getitem__(self, index: int, /) -> PackedRow: ...
 
 

@@ -1,9 +1,9 @@
 """Checkpoints that survive crashes: directories that appear whole, by rename, with a hashed manifest.
 
-A save writes `step-00001200.tmp-<pid>-<random>/`, syncs every file, then `MANIFEST.json` with the size and BLAKE3 hash of
-each, then the folder, renames it to `step-00001200` and syncs the parent. A checkpoint is a folder whose manifest holds;
-which one is the latest is computed, never stored. A folder that fails is reported, left in place, and the one before it
-is used.
+A save writes `step-00001200.tmp-<pid>-<random>/`, syncs every file, then `MANIFEST.json` with the size and BLAKE3 hash
+of each, then the folder, renames it to `step-00001200` and syncs the parent. A checkpoint is a folder whose manifest
+holds; which one is the latest is computed, never stored. A folder that fails is reported, left in place, and the one
+before it is used.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def save_checkpoint(
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Latest:
-    """The newest checkpoint under `folder` that holds. Each damaged one on the way is logged as a warning and returned."""
+    """The newest checkpoint under `folder` that holds. Each damaged one on the way is logged and returned."""
     damaged: list[CheckpointError] = []
     for path in _candidates(Path(folder)):
         try:
@@ -235,7 +235,7 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _make_way(final: Path, temporary: Path) -> bool:
-    """Whether `temporary` may take the name `final`, which exists: a damaged folder is moved aside, an equal one stays."""
+    """Whether `temporary` may take the name `final`: a damaged folder there is moved aside, an equal one stays."""
     try:
         existing = verify_checkpoint(final)
     except CheckpointError:

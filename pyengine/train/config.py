@@ -4,8 +4,8 @@
     class OptimConfig(Config):
         lr: Annotated[float, Range(low=0.0)] = 1e-3
 
-Field types: bool, int, float, str, Path, Literal of strings, another Config, `T | None`, `tuple[T, ...]`. Every error is
-a ConfigError with the dotted key and, for a file, its name and line.
+Field types: bool, int, float, str, Path, Literal of strings, another Config, `T | None`, `tuple[T, ...]`. Every error
+is a ConfigError with the dotted key and, for a file, its name and line.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Config:
 def load_config(
     kind: type[ConfigT], file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
 ) -> ConfigT:
-    """A configuration from its defaults, then a YAML file, then overrides such as "optim.lr=3e-4", the last one winning.
+    """A configuration from its defaults, then a YAML file, then overrides such as "optim.lr=3e-4", the last one
+    winning.
 
     Raises:
         ConfigError: a key that does not exist, with the nearest that does; a value of another type or out of range; a
@@ -133,9 +134,7 @@ def _parse(hint: Any, node: Node, key: str) -> Any:
         return _parse(typing.Annotated[hint, limits] if limits else hint, node, key)
     value: Any
     if get_origin(hint) is tuple:
-        value = tuple(
-            _parse(get_args(hint)[0], item, f"{key}[{index}]") for index, item in enumerate(node.items(key))
-        )
+        value = tuple(_parse(get_args(hint)[0], item, f"{key}[{index}]") for index, item in enumerate(node.items(key)))
     else:
         value = node.scalar(hint, key)
     try:

@@ -1,5 +1,5 @@
-"""YAML and overrides as a tree that remembers where each value stood. Scalars stay text until a field gives them a type,
-so `3e-4` is a number and `on` is a name where the field says so."""
+"""YAML and overrides as a tree that remembers where each value stood. Scalars stay text until a field gives them a
+type, so `3e-4` is a number and `on` is a name where the field says so."""
 
 from __future__ import annotations
 
@@ -134,12 +134,13 @@ def _compose(data: bytes, file: str | None) -> yaml.Node | None:
     try:
         for event in yaml.parse(data, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise ConfigError("expected no aliases, got one", file=file, line=event.start_mark.line + 1)
+                line = event.start_mark.line + 1 if event.start_mark else None
+                raise ConfigError("expected no aliases, got one", file=file, line=line)
         node: yaml.Node | None = yaml.compose(data, Loader=yaml.SafeLoader)
         return node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark and file else None
+        line = mark.line + 1 if mark is not None and file is not None else None
         raise ConfigError(f"expected YAML: {error.problem}", file=file, line=line) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"expected YAML: {str(error).splitlines()[0]}", file=file) from error

@@ -1,7 +1,7 @@
 """The training loop: micro-batches, exact accumulation, clipping, evaluation, callbacks.
 
-A step is a pure function of the parameters, the optimizer state and the rows that its number gives, so a run that goes on
-from a checkpoint has the bits of one that never stopped.
+A step is a pure function of the parameters, the optimizer state and the rows that its number gives, so a run that goes
+on from a checkpoint has the bits of one that never stopped.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ class Trainer:
         while self.step < self.config.num_steps:
             metrics = self.train_step()
             is_last = self.step == self.config.num_steps
-            if self.eval_rows is not None and self.config.eval_every is not None:
-                if is_last or self.step % self.config.eval_every == 0:
-                    metrics["eval/loss"] = self.evaluate()
+            every = self.config.eval_every
+            if self.eval_rows is not None and every is not None and (is_last or self.step % every == 0):
+                metrics["eval/loss"] = self.evaluate()
             self.last_metrics = metrics
             for callback in self.callbacks:
                 callback.on_step_end(self, metrics)
@@ -194,12 +194,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over the targets of the first `num_eval_rows` evaluation rows, nats."""
+        """Mean loss over the targets of the first `num_eval_rows` rows, or of one epoch if it has fewer; nats."""
         if self.eval_rows is None:
             raise TrainingError("eval_rows: expected data to evaluate on, got none")
         self.model.eval()
         rows_per_batch = self.config.rows_per_micro_batch or self.config.rows_per_step
-        batches = batches_of(self.eval_rows, 0, self.config.num_eval_rows, rows_per_batch)
+        num_rows = min(self.config.num_eval_rows, self.eval_rows.rows_per_epoch)
+        batches = batches_of(self.eval_rows, 0, num_rows, rows_per_batch)
         losses = [self.loss(self.model, batch).item() for batch in batches if batch.num_targets]
         self.model.train()
         return math.fsum(losses) / sum(batch.num_targets for batch in batches)

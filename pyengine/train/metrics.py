@@ -1,8 +1,9 @@
-"""`metrics.jsonl`, one line a step, and the plot of the loss. The file is the source of truth; the plot is drawn from it.
+"""`metrics.jsonl`, one line a step, and the plot of the loss. The file is the source of truth; the plot is drawn from
+it.
 
 Keys: `step` (optimizer steps done), `tokens` (trained on so far), `train/loss` and `eval/loss` (nats per target),
-`train/grad_norm` (before clipping), `train/learning_rate`, `train/tokens_per_second`. A number that is not finite is the
-text "NaN", "Infinity" or "-Infinity".
+`train/grad_norm` (before clipping), `train/learning_rate`, `train/tokens_per_second`. A number that is not finite is
+the text "NaN", "Infinity" or "-Infinity".
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Value]]:
 
 
 def plot_loss(folder: str | os.PathLike[str]) -> Path:
-    """Draw training and evaluation loss and the learning rate over the step into `folder`/loss.png. Needs matplotlib."""
+    """Draw the losses and the learning rate over the step into `folder`/loss.png. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     entries = read_metrics(folder)

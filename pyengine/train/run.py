@@ -1,6 +1,6 @@
 """The folder of a run: resume, metrics, checkpoints, ledger, and the model at the end.
 
-    config.yaml  metrics.jsonl  loss.png  ledger.jsonl  checkpoints/step-*/  model/
+config.yaml  metrics.jsonl  loss.png  ledger.jsonl  checkpoints/step-*/  model/
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
-
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from pyengine.errors import ConfigError
 from pyengine.train.config import Config, Range
@@ -17,9 +16,9 @@ Shape = Literal["constant", "linear", "cosine", "wsd"]
 class ScheduleConfig(Config):
     """The shape of the learning rate.
 
-    constant stays at the peak. linear and cosine (Loshchilov & Hutter 2017, arXiv:1608.03983) fall to `final_ratio` of the
-    peak over all that is left after the warm-up. wsd (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays at
-    the peak and falls over the last `decay_steps` with the square root (Hägele et al. 2024, arXiv:2405.18392).
+    constant stays at the peak. linear and cosine (Loshchilov & Hutter 2017, arXiv:1608.03983) fall to `final_ratio` of
+    the peak over all that is left after the warm-up. wsd (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395)
+    stays at the peak and falls over the last `decay_steps` with the square root (Hägele et al. 2024, arXiv:2405.18392).
     """
 
     shape: Shape = "cosine"
@@ -35,8 +34,8 @@ class ScheduleConfig(Config):
 def learning_rate(schedule: ScheduleConfig, step: int, *, peak: float, num_steps: int) -> float:
     """The learning rate of step `step`, from 0, of `num_steps`.
 
-    The warm-up takes the values peak * 1/W, 2/W, ... W/W, so no step is wasted at 0; the last step of a falling schedule
-    is the one before it would reach `final_ratio`.
+    The warm-up takes the values peak * 1/W, 2/W, ... W/W, so no step is wasted at 0; the last step of a falling
+    schedule is the one before it would reach `final_ratio`.
     """
     return peak * _ratio(schedule, step, num_steps)
 

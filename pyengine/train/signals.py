@@ -1,4 +1,4 @@
-"""A polite stop: the first SIGTERM, SIGINT or SIGUSR1 lets the step finish and the run save, the second ends at once."""
+"""A polite stop: the first SIGTERM, SIGINT or SIGUSR1 lets the step finish and the run save, the second ends it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Use as a context around a run. `signal` is the one that came, or None. Outside the main thread it does nothing."""
+    """Use as a context around a run. `signal` is the one that came, or None. It works in the main thread alone."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None

@@ -3,10 +3,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from models.specification import causal_lm_logits  # noqa: E402
+
 from pyengine.errors import ArgumentError  # noqa: E402
 from pyengine.models import CausalLM, from_pretrained  # noqa: E402
 from pyengine.models.causal_lm import IGNORE  # noqa: E402
-from pyengine.reference.causal_lm import causal_lm_logits  # noqa: E402
 from pyengine.spec import ModelSpec, RopeSpec  # noqa: E402
 from pyengine.testing import assert_accurate, assert_same_bits, force_num_threads  # noqa: E402
 from pyengine.testing.tiny import tiny_llama  # noqa: E402
@@ -217,5 +218,5 @@ def test_errors_name_the_argument(arguments, message):
 
 
 def test_dtype_error():
-    with pytest.raises(ArgumentError, match="dtype: expected torch.float32 or torch.bfloat16, got torch.float16"):
+    with pytest.raises(ArgumentError, match=r"dtype: expected torch.float32 or torch.bfloat16, got torch.float16"):
         CausalLM(spec_of(), dtype=torch.float16)

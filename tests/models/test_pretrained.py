@@ -97,9 +97,7 @@ def write_tiny_gguf(path, model):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gguf_of_float32_gives_the_same_logits(tmp_path, tied):
-    scaling = Llama3Scaling(
-        factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-    )
+    scaling = Llama3Scaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
     spec = spec_of(tie_word_embeddings=tied, rope=RopeSpec(theta=10000.0, scaling=None if tied else scaling))
     model = CausalLM(spec, seed=5)
     write_tiny_gguf(tmp_path / "model.gguf", model)

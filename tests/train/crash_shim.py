@@ -29,7 +29,7 @@ class _File:
     """A file opened from a descriptor, whose every write is an event of its own."""
 
     def __init__(self, descriptor: int, path: Path, on_event: Callable[[Event], None]) -> None:
-        self._raw = builtins.open(descriptor, "wb", buffering=0)
+        self._raw = builtins.open(descriptor, "wb", buffering=0)  # noqa: SIM115
         self._path = path
         self._on_event = on_event
 

@@ -7,6 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from train.crash_shim import Disk, events_of, run_until, watch  # noqa: E402
+
 from pyengine.testing import assert_same_bits  # noqa: E402
 from pyengine.train import checkpoint as checkpoint_module  # noqa: E402
 from pyengine.train.checkpoint import (  # noqa: E402
@@ -14,7 +16,6 @@ from pyengine.train.checkpoint import (  # noqa: E402
     latest_checkpoint,
     save_checkpoint,
 )
-from tests.train.crash_shim import Disk, events_of, run_until, watch  # noqa: E402
 
 pytestmark = pytest.mark.train
 
@@ -22,9 +23,12 @@ pytestmark = pytest.mark.train
 def tensors_of(step):
     generator = torch.Generator().manual_seed(step)
     return {
-        "model": {"a.weight": torch.randn(5, 7, generator=generator), "b": torch.randn(3, generator=generator).bfloat16()},
+        "model": {
+            "a.weight": torch.randn(5, 7, generator=generator),
+            "b": torch.randn(3, generator=generator).bfloat16(),
+        },
         "optimizer": {"exp_avg.a.weight": torch.randn(5, 7, generator=generator), "scalar": torch.tensor(step)},
-    }  # fmt: skip
+    }
 
 
 def state_of(step):
@@ -106,9 +110,7 @@ def save_events(tmp_path_factory):
     assert {"open", "write", "fsync", "mkdir", "rename", "unlink", "rmdir"} <= set(names)
     for event in events:
         event.paths = tuple(before / path.relative_to(folder) for path in event.paths)
-    publish = next(
-        i for i, e in enumerate(events) if e.name == "rename" and e.paths[1] == before / "step-00000003"
-    )
+    publish = next(i for i, e in enumerate(events) if e.name == "rename" and e.paths[1] == before / "step-00000003")
     return before, disk, events, publish
 
 
@@ -169,7 +171,7 @@ def test_power_loss_at_every_call_leaves_a_whole_checkpoint(tmp_path, save_event
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
 def test_an_error_at_every_call_is_raised_and_costs_nothing(tmp_path, save_events, code):
-    _, _, events, publish = save_events
+    _, _, _, publish = save_events
     save(tmp_path / "start", 1)
     save(tmp_path / "start", 2)
     for fail_at in range(publish):

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from pyengine.errors import ConfigError  # noqa: E402
-from pyengine.train.config import Config, Range, load_config, to_yaml  # noqa: E402
+from pyengine.errors import ConfigError
+from pyengine.train.config import Config, Range, load_config, to_yaml
 
 pytestmark = pytest.mark.train
 

@@ -1,11 +1,12 @@
+import itertools
 import math
 
 import pytest
 
 pytest.importorskip("torch")
 
-from pyengine.errors import ConfigError  # noqa: E402
-from pyengine.train.schedule import ScheduleConfig, learning_rate  # noqa: E402
+from pyengine.errors import ConfigError
+from pyengine.train.schedule import ScheduleConfig, learning_rate
 
 pytestmark = pytest.mark.train
 
@@ -58,7 +59,7 @@ def test_it_reaches_the_final_ratio_and_stays(shape):
     for step in (STEPS, STEPS + 1, 10 * STEPS):
         assert learning_rate(schedule, step, peak=PEAK, num_steps=STEPS) == pytest.approx(PEAK * FINAL)
     all_rates = rates(shape=shape, final_ratio=FINAL, **decay)
-    assert all(a >= b > PEAK * FINAL for a, b in zip(all_rates, all_rates[1:], strict=False))
+    assert all(a >= b > PEAK * FINAL for a, b in itertools.pairwise(all_rates))
 
 
 @pytest.mark.parametrize("shape", ["constant", "linear", "cosine", "wsd"])
