@@ -53,7 +53,9 @@ class Scheduler:
             sequence.num_cached += len(chunk)
             if sequence.num_cached == sequence.num_tokens:
                 sampled.append(sequence)
-                rows.append(SampleRow(len(token_ids) - 1, sequence.params, sequence.prompt_token_ids + sequence.token_ids))
+                rows.append(
+                    SampleRow(len(token_ids) - 1, sequence.params, sequence.prompt_token_ids + sequence.token_ids)
+                )
         for sequence, token in zip(sampled, self._runner.step(token_ids, slots, rows), strict=True):
             piece = sequence.accept(token)
             sequence.inbox.append(piece)
@@ -123,4 +125,3 @@ class Scheduler:
             self._decoder.free_sequence(sequence.slot)
             sequence.slot = None
             sequence.num_cached = 0
-
