@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from shapes import HIDDEN, NUM_TOKENS
+
 from pyengine.ops import rms_norm
 
 PROVIDERS = {

@@ -49,9 +49,7 @@ class ConfigError(PyEngineError):
         message: what was expected and what came.
     """
 
-    def __init__(
-        self, message: str, key: str | None = None, file: str | None = None, line: int | None = None
-    ) -> None:
+    def __init__(self, message: str, key: str | None = None, file: str | None = None, line: int | None = None) -> None:
         super().__init__(message, key, file, line)
         self.message = message
         self.key = key

@@ -7,12 +7,13 @@ ROOT = Path(__file__).parents[1]
 
 def tracked(pattern: str) -> list[Path]:
     """Files of the source tree below ROOT that match, without build outputs."""
-    skip = {"build", "runs", "dist"}
-    return sorted(
-        path
-        for path in ROOT.glob(pattern)
-        if path.is_file() and not (set(path.relative_to(ROOT).parts) & skip or path.relative_to(ROOT).parts[0][0] == ".")
-    )
+    skip = {"build", "runs", "dist", "__pycache__"}
+
+    def kept(path: Path) -> bool:
+        parts = path.relative_to(ROOT).parts
+        return path.is_file() and not skip.intersection(parts) and not parts[0].startswith(".")
+
+    return sorted(path for path in ROOT.glob(pattern) if kept(path))
 
 
 def ops() -> list[str]:

@@ -7,15 +7,16 @@ import pytest
 from rules import ROOT, tracked
 
 # What each package may import besides itself, `errors` and the version in `pyengine`.
-CORE = {"_C", "spec", "ledger", "families", "tokenizer", "formats"}
-TORCH = {"_C", "reference", "ops", "nn", "optim", "models", "train", "spec", "ledger", "families", "tokenizer", "formats"}
+CORE = {"_C", "spec", "jsonfile", "ledger", "families", "tokenizer", "formats"}
+TORCH = CORE | {"reference", "ops", "nn", "optim", "models", "train"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "spec": set(),
+    "jsonfile": set(),
     "ledger": set(),
     "formats": {"_C"},
-    "families": {"spec"},
-    "tokenizer": {"spec", "formats"},
+    "families": {"spec", "jsonfile"},
+    "tokenizer": {"spec", "jsonfile", "formats"},
     "infer": CORE,
     "reference": set(),
     "ops": {"_C", "reference"},
@@ -30,7 +31,20 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": TORCH | {"data", "evals", "quant", "infer"},
     "testing": {"_C", "reference", "ops", "spec", "families", "tokenizer", "formats"},
 }
-NO_TORCH = {"errors", "spec", "ledger", "formats", "families", "tokenizer", "infer", "data", "evals", "quant", "report"}
+NO_TORCH = {
+    "errors",
+    "spec",
+    "jsonfile",
+    "ledger",
+    "formats",
+    "families",
+    "tokenizer",
+    "infer",
+    "data",
+    "evals",
+    "quant",
+    "report",
+}
 
 
 def package_of(path):
@@ -59,7 +73,7 @@ def test_packages_import_only_what_lies_below_them(path):
     package = package_of(path)
     assert package in ALLOWED, f"pyengine/{package} has no row in this table: decide what it may import"
     allowed = ALLOWED[package] | {package, "errors", "__version__"}
-    modules = {p.stem for p in (ROOT / "pyengine").glob("*.py")} | {p.name for p in (ROOT / "pyengine").iterdir() if p.is_dir()}
+    modules = {p.stem for p in (ROOT / "pyengine").iterdir() if p.suffix == ".py" or p.is_dir()}
     used = {name.split(".")[1] for name in imports(path) if name.startswith("pyengine.")}
     wrong = {name for name in used if name in modules | {"_C"}} - allowed
     assert not wrong, f"{path.relative_to(ROOT)} may not import pyengine.{', pyengine.'.join(sorted(wrong))}"
@@ -105,3 +119,16 @@ def test_isa_sources_include_no_standard_library(path):
 def test_only_ops_testing_and_inference_touch_the_native_module():
     users = {package_of(p) for p in FILES if any(name.endswith("pyengine._C") for name in imports(p))}
     assert users <= {"ops", "testing", "infer", "formats", "tokenizer"}
+
+
+def rows_of_layout():
+    """The rows `| name | ... | what it may import |` of docs/layout.md: name -> (marked as free of torch, imports)."""
+    text = (ROOT / "docs/layout.md").read_text()
+    found = re.findall(r"^\| `([\w/]+)`(\*?) \|.*\|([^|]*)\|$", text, re.MULTILINE)
+    return {name: (star == "*", set(re.findall(r"`(\w+)`", cell))) for name, star, cell in found}
+
+
+def test_the_document_shows_these_tables():
+    rows = rows_of_layout()
+    assert {name: imports for name, (_, imports) in rows.items()} == ALLOWED | NATIVE
+    assert {name for name, (no_torch, _) in rows.items() if no_torch} == NO_TORCH

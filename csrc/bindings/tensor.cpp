@@ -154,10 +154,16 @@ Tensor from_buffer(py::handle object) {
   t.dtype = dtype_from_buffer(object, view);
   t.ndim = view.ndim;
   t.read_only = view.readonly != 0;
-  for (int i = 0; i < t.ndim; ++i) {
+  // '<l' may mean 4 bytes where 'l' means 8.
+  if (view.itemsize != static_cast<Py_ssize_t>(dtype_bytes(t.dtype)))
+    reject(object, std::string(dtype_name(t.dtype)) + " in elements of " + std::to_string(view.itemsize) + " bytes");
+  Py_ssize_t compact = view.itemsize;
+  for (int i = t.ndim - 1; i >= 0; --i) {
     t.shape[i] = view.shape[i];
-    if (view.strides[i] % view.itemsize != 0) reject(object, "a stride that is no multiple of the element size");
-    t.strides[i] = view.strides[i] / view.itemsize;
+    const Py_ssize_t stride = view.strides ? view.strides[i] : compact;  // arrays of ctypes come without
+    if (stride % view.itemsize != 0) reject(object, "a stride that is no multiple of the element size");
+    t.strides[i] = stride / view.itemsize;
+    compact *= view.shape[i];
   }
   t.data = view.buf;
   return t;  // the caller's reference to the object keeps the memory alive during the call

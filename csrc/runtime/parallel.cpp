@@ -94,7 +94,7 @@ class Pool {
     t_inside = true;
     try {
       if (job_.worker) {
-        job_.worker(job_.body, worker, num_threads_);
+        job_.worker(job_.body, worker);
       } else {
         for (;;) {
           const int64_t begin = next_.fetch_add(job_.grain, std::memory_order_relaxed);
@@ -143,9 +143,8 @@ int default_num_threads() {
   return available_cpus();
 }
 
-void run(const Job& job) {
+void run(const Job& job, int count) {
   const std::lock_guard lock(g_mutex);
-  const int count = num_threads();
   if (!g_pool || g_pool->size() != count) {
     static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
     (void)registered;
@@ -186,16 +185,19 @@ void set_num_threads(int count) {
 
 void detail::parallel_for(int64_t n, int64_t grain, const void* body, RangeFn call) {
   if (n <= 0) return;
-  if (n <= grain || t_inside || num_threads() == 1) {
+  const int num_workers = region_size();
+  if (n <= grain || num_workers == 1) {
     for (int64_t begin = 0; begin < n; begin += grain) call(body, begin, std::min(begin + grain, n));
     return;
   }
-  run(Job{body, call, nullptr, n, grain});
+  run(Job{body, call, nullptr, n, grain}, num_workers);
 }
 
-void detail::parallel_region(const void* body, WorkerFn call) {
-  if (t_inside || num_threads() == 1) return call(body, 0, 1);
-  run(Job{body, nullptr, call, 0, 1});
+int region_size() { return t_inside ? 1 : num_threads(); }
+
+void detail::parallel_region(int num_workers, const void* body, WorkerFn call) {
+  if (num_workers == 1) return call(body, 0);
+  run(Job{body, nullptr, call, 0, 1}, num_workers);
 }
 
 void SpinBarrier::wait() {

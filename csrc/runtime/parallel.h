@@ -21,8 +21,8 @@ int available_cpus(const char* cgroup_root = "/sys/fs/cgroup");
 namespace detail {
 using RangeFn = void (*)(const void* body, int64_t begin, int64_t end);
 void parallel_for(int64_t n, int64_t grain, const void* body, RangeFn call);
-using WorkerFn = void (*)(const void* body, int worker, int num_workers);
-void parallel_region(const void* body, WorkerFn call);
+using WorkerFn = void (*)(const void* body, int worker);
+void parallel_region(int num_workers, const void* body, WorkerFn call);
 }  // namespace detail
 
 // Calls body(begin, end) for disjoint ranges that cover [0, n), each of `grain` indices but the last, claimed one by
@@ -33,11 +33,15 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
                        [](const void* b, int64_t begin, int64_t end) { (*static_cast<const Body*>(b))(begin, end); });
 }
 
-// Calls body(worker, num_workers) once on every worker; for phases separated by a SpinBarrier.
+// Workers that a region started here would have: num_threads(), or 1 inside a body.
+int region_size();
+
+// Calls body(worker) once on each of region_size() workers, as the caller read it before; for phases separated by a
+// SpinBarrier of that size. Bodies with a barrier may not throw.
 template <class Body>
-void parallel_region(const Body& body) {
-  detail::parallel_region(
-      &body, [](const void* b, int worker, int num_workers) { (*static_cast<const Body*>(b))(worker, num_workers); });
+void parallel_region(int num_workers, const Body& body) {
+  detail::parallel_region(num_workers, &body,
+                          [](const void* b, int worker) { (*static_cast<const Body*>(b))(worker); });
 }
 
 // Sense-reversing barrier for the workers of one region; spins for a bounded time, then sleeps.

@@ -1,0 +1,50 @@
+"""sample against the usual chain of torch calls, one row of a real vocabulary. Run: dev/bench sample"""
+
+import pytest
+import torch
+
+from bench.shapes import VOCAB
+from pyengine.ops.sample import sample
+
+SETTINGS = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 0.8},
+    "top_k": {"temperature": 0.8, "top_k": 50},
+    "top_p": {"temperature": 0.8, "top_p": 0.95},
+    "all": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02},
+}
+
+
+def pyengine_sample(logits, settings):
+    return sample(logits, seed=0, sequence=0, position=0, **settings).token_ids
+
+
+def torch_sample(logits, settings):
+    if settings["temperature"] == 0:
+        return logits.argmax(-1)
+    logits = logits / settings["temperature"]
+    if "top_k" in settings:
+        kth = torch.topk(logits, settings["top_k"]).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if "top_p" in settings:
+        values, order = torch.sort(logits, descending=True)
+        probs = torch.softmax(values, -1)
+        values = values.masked_fill(probs.cumsum(-1) - probs >= settings["top_p"], -torch.inf)
+        logits = torch.empty_like(logits).scatter_(1, order, values)
+    probs = torch.softmax(logits, -1)
+    if "min_p" in settings:
+        probs = torch.where(probs < settings["min_p"] * probs.max(-1, keepdim=True).values, 0, probs)
+    return torch.multinomial(probs, 1)
+
+
+PROVIDERS = {"pyengine": pyengine_sample, "torch": torch_sample}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("model", VOCAB)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def bench_sample(benchmark, provider, model, settings):
+    benchmark.group = f"sample {model} {settings}"
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(1, VOCAB[model])
+    benchmark(PROVIDERS[provider], logits, SETTINGS[settings])

@@ -1,0 +1,183 @@
+// The native decoder.
+#include <memory>
+
+#include "bindings/tensor.h"
+#include "engine/decoder.h"
+#include "runtime/error.h"
+
+namespace py = pybind11;
+
+namespace pe {
+namespace {
+
+constexpr Check kCheck{"decoder"};
+
+DType parse_float(const char* name, const std::string& dtype) {
+  if (dtype == "float32") return DType::f32;
+  if (dtype == "bfloat16") return DType::bf16;
+  throw ArgumentError(std::string(name) + ": expected float32 or bfloat16, got '" + dtype + "'");
+}
+
+int64_t positive(const char* name, int64_t value) {
+  if (value < 1 || value > (int64_t{1} << 31))
+    throw ArgumentError(std::string(name) + ": expected 1 to 2^31, got " + std::to_string(value));
+  return value;
+}
+
+const Tensor& ids(const Tensor& t, const char* name) {
+  kCheck.dtype(t, name, {DType::i32});
+  return kCheck.contiguous(kCheck.shape(t, name, {-1}), name);
+}
+
+std::span<const int32_t> span_of(const Tensor& t) { return {t.ptr<const int32_t>(), static_cast<size_t>(t.shape[0])}; }
+
+std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64_t intermediate_size,
+                                  int64_t num_layers, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                                  int64_t sliding_window, float norm_eps, bool tie_word_embeddings,
+                                  const std::string& act_dtype, bool int8_activations, int64_t capacity_bytes) {
+  if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0)
+    throw ArgumentError("num_heads: expected a multiple of num_kv_heads, got " + std::to_string(num_heads) + " and " +
+                        std::to_string(num_kv_heads));
+  if (head_dim < 2 || head_dim > 256 || head_dim % 2 != 0)
+    throw ArgumentError("head_dim: expected an even number from 2 to 256, got " + std::to_string(head_dim));
+  const ModelConfig config{.vocab_size = positive("vocab_size", vocab_size),
+                           .hidden_size = positive("hidden_size", hidden_size),
+                           .intermediate_size = positive("intermediate_size", intermediate_size),
+                           .num_layers = positive("num_layers", num_layers),
+                           .num_heads = num_heads,
+                           .num_kv_heads = num_kv_heads,
+                           .head_dim = head_dim,
+                           .sliding_window = sliding_window,
+                           .norm_eps = norm_eps,
+                           .tie_word_embeddings = tie_word_embeddings,
+                           .act_dtype = parse_float("act_dtype", act_dtype),
+                           .int8_activations = int8_activations};
+  return std::make_shared<Model>(config, static_cast<size_t>(positive("capacity_bytes", capacity_bytes)));
+}
+
+void set_vector(Model& model, const std::string& slot, const Tensor& values) {
+  const int64_t width = model.config().act_dtype == DType::f32 ? 4 : 2;
+  kCheck.dtype(values, "values", {DType::u8});
+  kCheck.contiguous(kCheck.shape(values, "values", {model.config().hidden_size * width}), "values");
+  model.set_vector(slot, values.data);
+}
+
+void add_matrix(Model& model, const std::string& slot, const std::string& format_name, const Tensor& rows,
+                int64_t num_rows, int64_t num_cols) {
+  const WeightFormat format = parse_weight_format(format_name);
+  (void)packed_weight_bytes(format, num_rows, num_cols);
+  kCheck.dtype(rows, "rows", {DType::u8});
+  kCheck.contiguous(kCheck.shape(rows, "rows", {num_rows, weight_row_bytes(format, num_cols)}), "rows");
+  const py::gil_scoped_release release;
+  model.add_matrix(slot, format, rows.data, num_rows, num_cols);
+}
+
+void set_rope(Model& model, const Tensor& cos, const Tensor& sin) {
+  kCheck.dtype(cos, "cos", {DType::f32});
+  kCheck.contiguous(kCheck.shape(cos, "cos", {-1, model.config().head_dim / 2}), "cos");
+  kCheck.dtype(sin, "sin", {DType::f32});
+  kCheck.contiguous(kCheck.shape(sin, "sin", {cos.shape[0], model.config().head_dim / 2}), "sin");
+  model.set_rope(cos.ptr<float>(), sin.ptr<float>(), cos.shape[0]);
+}
+
+std::shared_ptr<Decoder> make_decoder(const std::shared_ptr<Model>& model, int64_t page_size, int64_t num_pages,
+                                      const std::string& kv_dtype, int64_t max_tokens) {
+  model->check();
+  if (page_size < 16 || page_size > 4096 || page_size % 16 != 0)
+    throw ArgumentError("page_size: expected a multiple of 16 up to 4096, got " + std::to_string(page_size));
+  const ModelConfig& c = model->config();
+  return std::make_shared<Decoder>(model,
+                                   KvCacheConfig{.num_layers = c.num_layers,
+                                                 .num_kv_heads = c.num_kv_heads,
+                                                 .head_dim = c.head_dim,
+                                                 .page_size = page_size,
+                                                 .num_pages = positive("num_pages", num_pages),
+                                                 .dtype = parse_float("kv_dtype", kv_dtype)},
+                                   positive("max_tokens", max_tokens));
+}
+
+void step(Decoder& decoder, const Tensor& token_ids, const Tensor& seqs, const Tensor& rows,
+          const std::optional<Tensor>& logits, const std::optional<Tensor>& targets,
+          const std::optional<Tensor>& target_logprobs) {
+  Decoder::Step step;
+  step.token_ids = span_of(ids(token_ids, "token_ids"));
+  step.seqs = span_of(ids(seqs, "seqs"));
+  step.rows = span_of(ids(rows, "rows"));
+  if (logits) {
+    kCheck.dtype(*logits, "logits", {DType::f32});
+    kCheck.shape(*logits, "logits", {rows.shape[0], decoder.model().config().vocab_size});
+    step.logits = kCheck.writable(kCheck.contiguous(*logits, "logits"), "logits").ptr<float>();
+  }
+  if (targets.has_value() != target_logprobs.has_value())
+    kCheck.fail("target_logprobs", "an output exactly when there are targets", "the other");
+  if (targets) {
+    step.targets = span_of(ids(*targets, "targets"));
+    kCheck.dtype(*target_logprobs, "target_logprobs", {DType::f32});
+    kCheck.shape(*target_logprobs, "target_logprobs", {rows.shape[0]});
+    step.target_logprobs =
+        kCheck.writable(kCheck.contiguous(*target_logprobs, "target_logprobs"), "target_logprobs").ptr<float>();
+  }
+  const py::gil_scoped_release release;
+  decoder.step(step);
+}
+
+py::dict profile(const Decoder& decoder) {
+  py::dict seconds;
+  for (int i = 0; i < kNumPhaseKinds; ++i)
+    seconds[phase_kind_name(static_cast<PhaseKind>(i))] = decoder.profile().seconds[i];
+  py::dict d;
+  d["num_steps"] = decoder.profile().num_steps;
+  d["num_tokens"] = decoder.profile().num_tokens;
+  d["seconds"] = seconds;
+  return d;
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+  m.def(
+      "packed_weight_bytes",
+      [](const std::string& format, int64_t num_rows, int64_t num_cols) {
+        return packed_weight_bytes(parse_weight_format(format), num_rows, num_cols);
+      },
+      py::arg("format"), py::arg("num_rows"), py::arg("num_cols"));
+
+  py::class_<Model, std::shared_ptr<Model>>(m, "DecoderModel")
+      .def(py::init(&make_model), py::kw_only(), py::arg("vocab_size"), py::arg("hidden_size"),
+           py::arg("intermediate_size"), py::arg("num_layers"), py::arg("num_heads"), py::arg("num_kv_heads"),
+           py::arg("head_dim"), py::arg("sliding_window"), py::arg("norm_eps"), py::arg("tie_word_embeddings"),
+           py::arg("act_dtype"), py::arg("int8_activations"), py::arg("capacity_bytes"))
+      .def("set_vector", set_vector, py::arg("slot"), py::arg("values"))
+      .def("add_matrix", add_matrix, py::arg("slot"), py::arg("format"), py::arg("rows"), py::arg("num_rows"),
+           py::arg("num_cols"))
+      .def("set_rope", set_rope, py::arg("cos"), py::arg("sin"))
+      .def("check", &Model::check)
+      .def_property_readonly("num_bytes", &Model::num_bytes)
+      .def_property_readonly("bytes_per_token", &Model::bytes_per_token);
+
+  py::class_<Decoder, std::shared_ptr<Decoder>>(m, "Decoder")
+      .def(py::init(&make_decoder), py::arg("model"), py::kw_only(), py::arg("page_size"), py::arg("num_pages"),
+           py::arg("kv_dtype"), py::arg("max_tokens"))
+      .def("step", step, py::arg("token_ids"), py::arg("seqs"), py::arg("rows"), py::kw_only(),
+           py::arg("logits") = py::none(), py::arg("targets") = py::none(), py::arg("target_logprobs") = py::none())
+      .def("add_sequence", [](Decoder& d) { return d.cache().add_sequence(); })
+      .def(
+          "free_sequence", [](Decoder& d, int32_t seq) { d.cache().free_sequence(seq); }, py::arg("seq"))
+      .def(
+          "grow", [](Decoder& d, int32_t seq, int64_t n) { d.cache().grow(seq, n); }, py::arg("seq"),
+          py::arg("num_tokens"))
+      .def(
+          "truncate", [](Decoder& d, int32_t seq, int64_t n) { d.cache().truncate(seq, n); }, py::arg("seq"),
+          py::arg("length"))
+      .def(
+          "length", [](Decoder& d, int32_t seq) { return d.cache().length(seq); }, py::arg("seq"))
+      .def_property_readonly("num_free_pages", [](Decoder& d) { return d.cache().num_free_pages(); })
+      .def_property_readonly("num_pages", [](Decoder& d) { return d.cache().num_pages(); })
+      .def_property_readonly("page_size", [](Decoder& d) { return d.cache().page_size(); })
+      .def_property_readonly("cache_bytes", [](Decoder& d) { return d.cache().num_bytes(); })
+      .def_property_readonly("max_tokens", &Decoder::max_tokens)
+      .def("profile", profile)
+      .def("reset_profile", &Decoder::reset_profile);
+}
+
+}  // namespace pe

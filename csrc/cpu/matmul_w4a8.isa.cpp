@@ -1,0 +1,210 @@
+// ISA: scalar avx2 avx512 avx512_vnni
+#include "pe/matmul_w4a8.h"
+
+#include <math.h>
+
+#include "simd/panel_dot.h"
+#include "simd/panel_store.h"
+
+namespace pe::PE_ISA {
+namespace {
+
+// Bytes between the group in work and the one being fetched: an L3 access takes the time of about 3 KB of stream.
+constexpr int64_t kPrefetchBytes = 6 * 1024;
+
+// Codes of two panels fill half of 32 wide registers.
+constexpr bool kWide = VecF::size == 16;
+constexpr int kBlockPanels = kWide ? 2 : 1, kStreamPanels = kWide ? 4 : 2;
+// Running totals of a row block and two panels take 12 KB of L1.
+constexpr int64_t kRowBlock = 96;
+
+// --- activations -----------------------------------------------------------------------------------------------------
+
+struct QuantizedRow {
+  const int8_t* values;
+  const float* scales;
+  const int32_t* sums;
+};
+
+QuantizedRow quantized_row(const MatmulW4A8& a, int64_t row) {
+  const uint8_t* values = a.quantized + row * quantized_row_bytes(a.weight.num_cols);
+  const uint8_t* scales = values + a.weight.num_cols;
+  const uint8_t* sums = scales + a.weight.num_cols / kBlockSize * static_cast<int64_t>(sizeof(float));
+  return {reinterpret_cast<const int8_t*>(values), reinterpret_cast<const float*>(scales),
+          reinterpret_cast<const int32_t*>(sums)};
+}
+
+// Rounds one group; bits of magnitudes order like the magnitudes, with infinities and NaNs on top.
+void quantize_group(const float* x, int8_t* values, float* scale, int32_t* sum) {
+  constexpr uint32_t kInfinity = 0x7f800000u;
+  uint32_t bits[kBlockSize], largest = 0;
+  memcpy(bits, x, sizeof bits);
+  for (int k = 0; k < kBlockSize; ++k) {
+    const uint32_t magnitude = bits[k] & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  float max_abs;
+  memcpy(&max_abs, &largest, sizeof max_abs);
+  const bool finite = largest < kInfinity;
+  if (!finite || max_abs < 0x1p-100f) {
+    memset(values, 0, kBlockSize);
+    *scale = finite ? 0.0f : NAN;
+    *sum = 0;
+    return;
+  }
+  const float inverse = 127.0f / max_abs;
+  int32_t rounded[kBlockSize], total = 0;
+  for (int k = 0; k < kBlockSize; ++k) rounded[k] = static_cast<int32_t>(rintf(x[k] * inverse));
+  for (int k = 0; k < kBlockSize; ++k) total += rounded[k];
+  for (int k = 0; k < kBlockSize; ++k) values[k] = static_cast<int8_t>(rounded[k]);
+  *scale = max_abs / 127.0f;
+  *sum = total;
+}
+
+template <class T>
+void quantize(const MatmulW4A8& a, int64_t row_begin, int64_t row_end) {
+  const int64_t num_groups = a.weight.num_cols / kBlockSize;
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.x_row_stride;
+    const QuantizedRow q = quantized_row(a, row);
+    for (int64_t g = 0; g < num_groups; ++g) {
+      alignas(64) float group[kBlockSize];
+      for (int64_t k = 0; k < kBlockSize; k += VecF::size) store(group + k, load(x + g * kBlockSize + k));
+      quantize_group(group, const_cast<int8_t*>(q.values) + g * kBlockSize, const_cast<float*>(q.scales) + g,
+                     const_cast<int32_t*>(q.sums) + g);
+    }
+  }
+}
+
+void quantize_rows(const MatmulW4A8& a, int64_t row_begin, int64_t row_end) {
+  a.x_dtype == DType::f32 ? quantize<float>(a, row_begin, row_end) : quantize<bf16>(a, row_begin, row_end);
+}
+
+// --- one group of a panel --------------------------------------------------------------------------------------------
+
+template <BlockFormat format>
+struct PanelGroup {
+  DotCodes<format> codes;
+  PanelF d, m;
+};
+
+template <BlockFormat format>
+[[gnu::always_inline]] inline PanelGroup<format> load_group(const uint8_t* group) {
+  PanelGroup<format> loaded;
+  loaded.codes = load_dot_codes<format>(group);
+  loaded.d = load_f16(group + packed_code_bytes(format));
+  if constexpr (format == BlockFormat::q4_1) loaded.m = load_f16(group + packed_code_bytes(format) + kScaleBytes);
+  return loaded;
+}
+
+// The packed code of a zero weight; q4_1 has m for that.
+constexpr int32_t zero_code(BlockFormat format) {
+  return format == BlockFormat::q4_0 ? 8 : format == BlockFormat::q8_0 ? 128 : 0;
+}
+
+// total + the contribution of group g: the only place where codes meet activations.
+template <BlockFormat format>
+[[gnu::always_inline]] inline PanelF add_group(const PanelGroup<format>& group, const QuantizedRow& x, int64_t g,
+                                               const PanelF& total) {
+  const int32_t sum = x.sums[g];
+  const PanelF scale = panel_set1(x.scales[g]);
+  const PanelI i = dot(group.codes, x.values + g * kBlockSize, panel_int(-zero_code(format) * sum));
+  const PanelF next = fma(to_float(i), mul(group.d, scale), total);
+  if constexpr (format == BlockFormat::q4_1) return fma(mul(group.m, scale), panel_set1(static_cast<float>(sum)), next);
+  return next;
+}
+
+// --- one row: weights go from the stream to the dot product
+// ------------------------------------------------------------
+
+template <BlockFormat format, int num_panels>
+void stream_panels(const MatmulW4A8& a, int64_t row, int64_t panel) {
+  constexpr int64_t group_bytes = packed_group_bytes(format);
+  constexpr int64_t ahead = (kPrefetchBytes + num_panels * group_bytes - 1) / (num_panels * group_bytes);
+  const int64_t num_groups = a.weight.num_cols / kBlockSize, panel_stride = num_groups * group_bytes;
+  const uint8_t* group = a.weight.packed + panel * panel_stride;
+  const QuantizedRow x = quantized_row(a, row);
+  PanelF total[num_panels];
+  PE_UNROLL for (int p = 0; p < num_panels; ++p) total[p] = panel_set1(0.0f);
+  for (int64_t g = 0; g < num_groups; ++g, group += group_bytes) {
+    // Past the last group of a panel come the groups of the panel that takes its place.
+    const int64_t skip = g + ahead < num_groups ? 0 : (num_panels - 1) * panel_stride;
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) {
+      prefetch<group_bytes>(group + p * panel_stride + ahead * group_bytes + skip);
+      total[p] = add_group(load_group<format>(group + p * panel_stride), x, g, total[p]);
+    }
+  }
+  PE_UNROLL for (int p = 0; p < num_panels; ++p) store_panel(a, row, panel + p, total[p]);
+}
+
+template <BlockFormat format>
+void stream_row(const MatmulW4A8& a, int64_t row, int64_t panel_begin, int64_t panel_end) {
+  int64_t panel = panel_begin;
+  for (; panel + kStreamPanels <= panel_end; panel += kStreamPanels)
+    stream_panels<format, kStreamPanels>(a, row, panel);
+  for (; panel < panel_end; ++panel) stream_panels<format, 1>(a, row, panel);
+}
+
+// --- several rows: a group stays in registers for all rows of a block
+// --------------------------------------------------
+
+template <BlockFormat format, int num_panels>
+void block_panels(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64_t panel) {
+  constexpr int64_t group_bytes = packed_group_bytes(format);
+  const int64_t num_groups = a.weight.num_cols / kBlockSize, panel_stride = num_groups * group_bytes;
+  const int64_t num_rows = row_end - row_begin, x_row_bytes = quantized_row_bytes(a.weight.num_cols);
+  const uint8_t* packed = a.weight.packed + panel * panel_stride;
+  alignas(64) float totals[kRowBlock][num_panels][kPanelRows];
+  for (int64_t r = 0; r < num_rows; ++r)
+    for (int p = 0; p < num_panels; ++p) panel_store(totals[r][p], panel_set1(0.0f));
+
+  for (int64_t g = 0; g < num_groups; ++g, packed += group_bytes) {
+    PanelGroup<format> group[num_panels];
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) {
+      prefetch<group_bytes>(packed + p * panel_stride + kPrefetchBytes / num_panels);
+      group[p] = load_group<format>(packed + p * panel_stride);
+    }
+    QuantizedRow x = quantized_row(a, row_begin);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      PE_UNROLL for (int p = 0; p < num_panels; ++p)
+          panel_store(totals[r][p], add_group(group[p], x, g, panel_load(totals[r][p])));
+      x.values += x_row_bytes;
+      x.scales += x_row_bytes / static_cast<int64_t>(sizeof(float));
+      x.sums += x_row_bytes / static_cast<int64_t>(sizeof(int32_t));
+    }
+  }
+  for (int64_t r = 0; r < num_rows; ++r)
+    for (int p = 0; p < num_panels; ++p) store_panel(a, row_begin + r, panel + p, panel_load(totals[r][p]));
+}
+
+template <BlockFormat format>
+void tile_format(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+  for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
+    const int64_t end = row + kRowBlock < row_end ? row + kRowBlock : row_end;
+    if (end - row == 1) {
+      stream_row<format>(a, row, panel_begin, panel_end);
+      continue;
+    }
+    int64_t panel = panel_begin;
+    for (; panel + kBlockPanels <= panel_end; panel += kBlockPanels)
+      block_panels<format, kBlockPanels>(a, row, end, panel);
+    for (; panel < panel_end; ++panel) block_panels<format, 1>(a, row, end, panel);
+  }
+}
+
+void tile(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+  switch (a.weight.format) {
+    case BlockFormat::q4_0:
+      return tile_format<BlockFormat::q4_0>(a, row_begin, row_end, panel_begin, panel_end);
+    case BlockFormat::q4_1:
+      return tile_format<BlockFormat::q4_1>(a, row_begin, row_end, panel_begin, panel_end);
+    case BlockFormat::q8_0:
+      return tile_format<BlockFormat::q8_0>(a, row_begin, row_end, panel_begin, panel_end);
+  }
+}
+
+}  // namespace
+
+constinit const MatmulW4A8Isa matmul_w4a8 = {quantize_rows, tile};
+
+}  // namespace pe::PE_ISA

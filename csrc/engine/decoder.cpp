@@ -1,0 +1,491 @@
+#include "engine/decoder.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <unordered_map>
+
+#include "pe/attention_decode.h"
+#include "pe/linear_cross_entropy.h"
+#include "pe/rms_norm.h"
+#include "pe/rope.h"
+#include "pe/swiglu.h"
+#include "runtime/bf16.h"
+#include "runtime/error.h"
+
+namespace pe {
+namespace {
+
+// Rows whose logits exist at one time.
+constexpr int64_t kHeadRows = 32;
+// Rows of one item in the phases that go row by row.
+constexpr int64_t kRowGrain = 4;
+// The largest item of a product: enough items to balance the workers, enough rows to use a panel well.
+constexpr int64_t kRowsPerProduct = 96;
+constexpr int64_t kPanelsPerProduct = 8;
+
+BlockWeights block_weights(const Matrix& part) {
+  return {part.packed, part.num_rows, part.num_cols, block_format(part.format)};
+}
+
+int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+uint8_t* at(void* base, int64_t elements, DType dtype) {
+  return static_cast<uint8_t*>(base) + elements * bytes_of(dtype);
+}
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+void store(void* out, int64_t i, float value, DType dtype) {
+  if (dtype == DType::f32)
+    static_cast<float*>(out)[i] = value;
+  else
+    static_cast<bf16*>(out)[i] = to_bf16(value);
+}
+
+// out [num_cols] = row `token` of the embedding.
+void embed_row(const Linear& parts, int64_t token, void* out, DType dtype, float* scratch) {
+  const Matrix* part = &parts.front();
+  for (const Matrix& candidate : parts)
+    if (token >= candidate.offset) part = &candidate;
+  const int64_t row = token - part->offset;
+  if (is_block_format(part->format)) {
+    block_weights_unpack_row(block_weights(*part), row, scratch);
+    for (int64_t k = 0; k < part->num_cols; ++k) store(out, k, scratch[k], dtype);
+    return;
+  }
+  const int64_t base = row / kMatmulPanel * part->num_cols * kMatmulPanel + row % kMatmulPanel;
+  for (int64_t k = 0; k < part->num_cols; ++k) {
+    const int64_t i = base + k * kMatmulPanel;
+    const float value = part->format == WeightFormat::f32 ? reinterpret_cast<const float*>(part->packed)[i]
+                                                          : to_float(reinterpret_cast<const bf16*>(part->packed)[i]);
+    store(out, k, value, dtype);
+  }
+}
+
+using Widths = std::array<int64_t, 8>;
+
+// Columns of h, y, qkv, attended, delta, gate_up, mlp and last.
+Widths buffer_widths(const ModelConfig& c) {
+  return {c.hidden_size, c.hidden_size,           c.qkv_size(),        c.q_size(),
+          c.hidden_size, 2 * c.intermediate_size, c.intermediate_size, c.hidden_size};
+}
+
+int64_t buffer_rows(int64_t max_tokens) { return std::max(max_tokens, kHeadRows); }
+
+// The larger of what the two block kernels want beside the widest input.
+size_t workspace_bytes(const ModelConfig& c, int64_t max_tokens) {
+  const int64_t widest =
+      (std::max({c.hidden_size, c.q_size(), c.intermediate_size}) + kBlockSize - 1) / kBlockSize * kBlockSize;
+  const int64_t rows = buffer_rows(max_tokens);
+  const int64_t floats = rows * (widest + widest / kBlockSize);
+  return static_cast<size_t>(std::max(floats * 4, rows * quantized_row_bytes(widest)));
+}
+
+size_t buffer_bytes(const ModelConfig& c, int64_t max_tokens) {
+  size_t total = Arena::rounded(workspace_bytes(c, max_tokens)) +
+                 Arena::rounded(static_cast<size_t>(kHeadRows * c.vocab_size * 4));
+  for (const int64_t width : buffer_widths(c))
+    total += Arena::rounded(static_cast<size_t>(buffer_rows(max_tokens) * width * bytes_of(c.act_dtype)));
+  return total;
+}
+
+}  // namespace
+
+const char* phase_kind_name(PhaseKind kind) {
+  constexpr const char* kNames[] = {"embed",   "norm",   "qkv",  "rope", "attention", "o",
+                                    "gate_up", "swiglu", "down", "head", "logprob"};
+  return kNames[static_cast<int>(kind)];
+}
+
+Decoder::Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache, int64_t max_tokens)
+    : model_(std::move(model)),
+      cache_(cache),
+      max_tokens_(max_tokens),
+      arena_(buffer_bytes(model_->config(), max_tokens), "activations") {
+  const ModelConfig& c = model_->config();
+  const Widths widths = buffer_widths(c);
+  void** buffers[] = {&h_, &y_, &qkv_, &attended_, &delta_, &gate_up_, &mlp_, &last_};
+  for (size_t i = 0; i < widths.size(); ++i)
+    *buffers[i] = arena_.allocate(static_cast<size_t>(buffer_rows(max_tokens) * widths[i] * bytes_of(c.act_dtype)));
+  workspace_ = arena_.allocate(workspace_bytes(c, max_tokens));
+  logits_ = reinterpret_cast<float*>(arena_.allocate(static_cast<size_t>(kHeadRows * c.vocab_size * 4)));
+}
+
+void Decoder::check(const Step& step) {
+  const auto range = [](const char* name, int64_t i, int64_t got, int64_t end) {
+    if (got < 0 || got >= end)
+      throw ArgumentError(std::string(name) + ": expected 0 to " + std::to_string(end - 1) + ", got " +
+                          std::to_string(got) + " at " + std::to_string(i));
+  };
+  const auto num_tokens = static_cast<int64_t>(step.token_ids.size());
+  if (num_tokens < 1 || num_tokens > max_tokens_)
+    throw ArgumentError("token_ids: expected 1 to " + std::to_string(max_tokens_) + " tokens, got " +
+                        std::to_string(num_tokens));
+  if (step.seqs.size() != step.token_ids.size())
+    throw ArgumentError("seqs: expected " + std::to_string(num_tokens) + " entries, one per token, got " +
+                        std::to_string(step.seqs.size()));
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    range("token_ids", t, step.token_ids[static_cast<size_t>(t)], model_->config().vocab_size);
+    (void)cache_.length(step.seqs[static_cast<size_t>(t)]);
+  }
+  for (size_t r = 0; r < step.rows.size(); ++r) range("rows", static_cast<int64_t>(r), step.rows[r], num_tokens);
+  if (!step.targets.empty() && step.targets.size() != step.rows.size())
+    throw ArgumentError("targets: expected " + std::to_string(step.rows.size()) + " entries, one per row, got " +
+                        std::to_string(step.targets.size()));
+  for (size_t r = 0; r < step.targets.size(); ++r)
+    range("targets", static_cast<int64_t>(r), step.targets[r], model_->config().vocab_size);
+}
+
+// Numbers the sequences of this step from 0, finds each token's position, and lists the pages of each sequence.
+void Decoder::place(const Step& step) {
+  std::unordered_map<int32_t, int32_t> batch_index;
+  std::unordered_map<int32_t, int64_t> num_new;
+  for (const int32_t seq : step.seqs) ++num_new[seq];
+  std::vector<int32_t> order;
+  std::unordered_map<int32_t, int64_t> next;
+  positions_.clear();
+  batch_seqs_.clear();
+  for (const int32_t seq : step.seqs) {
+    if (batch_index.emplace(seq, static_cast<int32_t>(order.size())).second) {
+      order.push_back(seq);
+      next[seq] = cache_.length(seq) - num_new[seq];
+      if (next[seq] < 0)
+        throw ArgumentError("seqs: sequence " + std::to_string(seq) + " has " + std::to_string(cache_.length(seq)) +
+                            " tokens claimed, fewer than the " + std::to_string(num_new[seq]) + " of this step");
+    }
+    const int64_t position = next[seq]++;
+    if (position >= model_->num_positions())
+      throw ArgumentError("seqs: sequence " + std::to_string(seq) + " grows past the " +
+                          std::to_string(model_->num_positions()) + " positions of this model");
+    positions_.push_back(static_cast<int32_t>(position));
+    batch_seqs_.push_back(batch_index[seq]);
+  }
+  block_table_stride_ = 1;
+  for (const int32_t seq : order)
+    block_table_stride_ = std::max(block_table_stride_, static_cast<int64_t>(cache_.pages(seq).size()));
+  block_table_.assign(order.size() * static_cast<size_t>(block_table_stride_), 0);
+  for (size_t i = 0; i < order.size(); ++i)
+    std::copy(cache_.pages(order[i]).begin(), cache_.pages(order[i]).end(),
+              block_table_.begin() + static_cast<int64_t>(i) * block_table_stride_);
+  num_batch_seqs_ = static_cast<int64_t>(order.size());
+}
+
+void Decoder::step(const Step& step) {
+  check(step);
+  place(step);
+  const int num_workers = region_size();
+  Phases phases(num_workers);
+  reserve_scratch(num_workers);
+  parallel_region(num_workers, [&](int worker_index) {
+    Phases::Worker worker(phases, worker_index);
+    run(step, worker);
+  });
+  ++profile_.num_steps;
+  profile_.num_tokens += static_cast<int64_t>(step.token_ids.size());
+}
+
+void Decoder::reserve_scratch(int num_workers) {
+  const ModelConfig& c = model_->config();
+  AttentionDecode shape{};
+  shape.num_heads = c.num_heads;
+  shape.num_kv_heads = c.num_kv_heads;
+  shape.head_dim = c.head_dim;
+  scratch_bytes_ = Arena::rounded(static_cast<size_t>(attention_decode_scratch_bytes(shape)));
+  if (!scratch_ || scratch_->capacity() < scratch_bytes_ * static_cast<size_t>(num_workers)) {
+    scratch_ = std::make_unique<Arena>(scratch_bytes_ * static_cast<size_t>(num_workers), "attention scratch");
+    scratch_base_ = scratch_->allocate(scratch_->capacity());
+  }
+}
+
+void Decoder::mark(Phases::Worker& worker, PhaseKind kind) {
+  if (worker.index() != 0) return;
+  const double t = now();
+  profile_.seconds[static_cast<int>(kind)] += t - last_mark_;
+  last_mark_ = t;
+}
+
+void Decoder::run(const Step& step, Phases::Worker& worker) {
+  if (worker.index() == 0) last_mark_ = now();
+  const ModelConfig& c = model_->config();
+  worker.run(static_cast<int64_t>(step.token_ids.size()), kRowGrain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(c.hidden_size));
+    for (int64_t t = begin; t < end; ++t)
+      embed_row(model_->embed(), step.token_ids[static_cast<size_t>(t)], at(h_, t * c.hidden_size, c.act_dtype),
+                c.act_dtype, scratch.data());
+  });
+  mark(worker, PhaseKind::embed);
+  layers(step, worker);
+  if (!step.rows.empty()) head(step, worker);
+}
+
+void Decoder::prepare(const Linear& parts, const void* x, int64_t x_row_stride, int64_t row_begin, int64_t row_end,
+                      int64_t num_rows) const {
+  const ModelConfig& c = model_->config();
+  for (const Matrix& part : parts) {
+    if (!is_block_format(part.format)) continue;
+    if (c.int8_activations) {
+      matmul_w4a8_isa().quantize_rows(int8_product(part, x, x_row_stride, nullptr, 0, num_rows, c.act_dtype), row_begin,
+                                      row_end);
+      return;  // the same rows serve every part
+    }
+    matmul_w4a16_isa().prepare(float_product(part, x, x_row_stride, nullptr, 0, num_rows, c.act_dtype), row_begin,
+                               row_end);
+  }
+}
+
+Matmul Decoder::dense_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
+                              int64_t num_rows, DType y_dtype) const {
+  return {.x = x,
+          .packed = part.packed,
+          .y = y,
+          .num_rows = num_rows,
+          .num_cols = part.num_rows,
+          .depth = part.num_cols,
+          .x_row_stride = x_row_stride,
+          .y_row_stride = y_row_stride,
+          .x_dtype = model_->config().act_dtype,
+          .w_dtype = dense_dtype(part.format),
+          .y_dtype = y_dtype};
+}
+
+MatmulW4A16 Decoder::float_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y,
+                                   int64_t y_row_stride, int64_t num_rows, DType y_dtype) const {
+  return {.x = x,
+          .weight = block_weights(part),
+          .y = y,
+          .workspace = reinterpret_cast<float*>(workspace_),
+          .num_rows = num_rows,
+          .x_row_stride = x_row_stride,
+          .y_row_stride = y_row_stride,
+          .x_dtype = model_->config().act_dtype,
+          .y_dtype = y_dtype};
+}
+
+MatmulW4A8 Decoder::int8_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
+                                 int64_t num_rows, DType y_dtype) const {
+  return {.x = x,
+          .weight = block_weights(part),
+          .y = y,
+          .quantized = workspace_,
+          .num_rows = num_rows,
+          .x_row_stride = x_row_stride,
+          .y_row_stride = y_row_stride,
+          .x_dtype = model_->config().act_dtype,
+          .y_dtype = y_dtype};
+}
+
+void Decoder::linear(Phases::Worker& worker, const Linear& parts, const void* x, int64_t x_row_stride, void* y,
+                     int64_t y_row_stride, int64_t num_rows, DType y_dtype) const {
+  for (const Matrix& part : parts) {
+    const int64_t num_part_panels = num_panels(part.num_rows);
+    const int64_t rows_per_item = std::min(num_rows, kRowsPerProduct);
+    const int64_t panels_per_item = std::clamp<int64_t>(num_part_panels / 16, 1, kPanelsPerProduct);
+    const int64_t row_items = (num_rows + rows_per_item - 1) / rows_per_item;
+    const int64_t panel_items = (num_part_panels + panels_per_item - 1) / panels_per_item;
+    void* out = at(y, part.offset, y_dtype);
+    const auto multiply = [&](auto tile, const auto& product) {
+      worker.run(row_items * panel_items, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          // Rows run fastest: the same panels serve all rows while they are in cache.
+          const int64_t row_begin = item % row_items * rows_per_item;
+          const int64_t panel_begin = item / row_items * panels_per_item;
+          tile(product, row_begin, std::min(row_begin + rows_per_item, num_rows), panel_begin,
+               std::min(panel_begin + panels_per_item, num_part_panels));
+        }
+      });
+    };
+    if (!is_block_format(part.format))
+      multiply(matmul_isa().tile, dense_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
+    else if (model_->config().int8_activations)
+      multiply(matmul_w4a8_isa().tile, int8_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
+    else
+      multiply(matmul_w4a16_isa().tile, float_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
+  }
+}
+
+void Decoder::layers(const Step& step, Phases::Worker& worker) {
+  const ModelConfig& c = model_->config();
+  const auto num_tokens = static_cast<int64_t>(step.token_ids.size());
+  const DType act = c.act_dtype;
+  const int64_t qkv = c.qkv_size();
+
+  const auto norm = [&](const void* weight, bool add_delta, const Linear& next) {
+    const RmsNormFwd args{.x = add_delta ? delta_ : h_,
+                          .residual = add_delta ? h_ : nullptr,
+                          .weight = weight,
+                          .h = add_delta ? h_ : nullptr,
+                          .y = y_,
+                          .rstd = nullptr,
+                          .num_rows = num_tokens,
+                          .num_cols = c.hidden_size,
+                          .x_row_stride = c.hidden_size,
+                          .residual_row_stride = c.hidden_size,
+                          .h_row_stride = c.hidden_size,
+                          .y_row_stride = c.hidden_size,
+                          .eps = c.norm_eps,
+                          .weight_offset = 0.0f,
+                          .dtype = act};
+    worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+      rms_norm_isa().fwd(args, begin, end);
+      prepare(next, y_, c.hidden_size, begin, end, num_tokens);
+    });
+    mark(worker, PhaseKind::norm);
+  };
+
+  for (int64_t i = 0; i < c.num_layers; ++i) {
+    const LayerWeights& layer = model_->layer(i);
+    norm(layer.input_norm, i > 0, layer.qkv);
+    linear(worker, layer.qkv, y_, c.hidden_size, qkv_, qkv, num_tokens, act);
+    mark(worker, PhaseKind::qkv);
+
+    // Query and key heads lie side by side in a row of qkv, so one rotation takes both.
+    const Rope rope{.x = qkv_,
+                    .cos = model_->rope_cos(),
+                    .sin = model_->rope_sin(),
+                    .positions = positions_.data(),
+                    .y = qkv_,
+                    .num_tokens = num_tokens,
+                    .num_heads = c.num_heads + c.num_kv_heads,
+                    .head_dim = c.head_dim,
+                    .num_positions = model_->num_positions(),
+                    .x_token_stride = qkv,
+                    .x_head_stride = c.head_dim,
+                    .y_token_stride = qkv,
+                    .y_head_stride = c.head_dim,
+                    .inverse = false,
+                    .dtype = act};
+    const KvAppend append{.k = at(qkv_, c.q_size(), act),
+                          .v = at(qkv_, c.q_size() + c.kv_size(), act),
+                          .k_pages = cache_.k_pages(i),
+                          .v_pages = cache_.v_pages(i),
+                          .seq = batch_seqs_.data(),
+                          .position = positions_.data(),
+                          .block_table = block_table_.data(),
+                          .num_rows = num_tokens,
+                          .num_kv_heads = c.num_kv_heads,
+                          .head_dim = c.head_dim,
+                          .page_size = cache_.page_size(),
+                          .k_row_stride = qkv,
+                          .k_head_stride = c.head_dim,
+                          .v_row_stride = qkv,
+                          .v_head_stride = c.head_dim,
+                          .k_page_stride = cache_.page_elements(),
+                          .v_page_stride = cache_.page_elements(),
+                          .block_table_stride = block_table_stride_,
+                          .dtype = act,
+                          .cache_dtype = cache_.dtype()};
+    worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+      rope_isa().rotate(rope, begin, end);
+      attention_decode_isa().append(append, begin, end);
+    });
+    mark(worker, PhaseKind::rope);
+
+    const AttentionDecode attention{.q = qkv_,
+                                    .k_pages = cache_.k_pages(i),
+                                    .v_pages = cache_.v_pages(i),
+                                    .y = attended_,
+                                    .seq = batch_seqs_.data(),
+                                    .position = positions_.data(),
+                                    .block_table = block_table_.data(),
+                                    .num_rows = num_tokens,
+                                    .num_heads = c.num_heads,
+                                    .num_kv_heads = c.num_kv_heads,
+                                    .head_dim = c.head_dim,
+                                    .page_size = cache_.page_size(),
+                                    .q_row_stride = qkv,
+                                    .q_head_stride = c.head_dim,
+                                    .y_row_stride = c.q_size(),
+                                    .y_head_stride = c.head_dim,
+                                    .k_page_stride = cache_.page_elements(),
+                                    .v_page_stride = cache_.page_elements(),
+                                    .block_table_stride = block_table_stride_,
+                                    .sliding_window = c.sliding_window,
+                                    .scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim)),
+                                    .dtype = act,
+                                    .cache_dtype = cache_.dtype()};
+    uint8_t* scratch = scratch_base_ + scratch_bytes_ * static_cast<size_t>(worker.index());
+    worker.run(attention_decode_num_items(attention), 1,
+               [&](int64_t begin, int64_t end) { attention_decode_isa().rows(attention, begin, end, scratch); });
+    mark(worker, PhaseKind::attention);
+
+    if (is_block_format(layer.o.front().format)) {
+      worker.run(num_tokens, kRowGrain,
+                 [&](int64_t begin, int64_t end) { prepare(layer.o, attended_, c.q_size(), begin, end, num_tokens); });
+    }
+    linear(worker, layer.o, attended_, c.q_size(), delta_, c.hidden_size, num_tokens, act);
+    mark(worker, PhaseKind::o);
+
+    norm(layer.post_norm, true, layer.gate_up);
+    linear(worker, layer.gate_up, y_, c.hidden_size, gate_up_, 2 * c.intermediate_size, num_tokens, act);
+    mark(worker, PhaseKind::gate_up);
+
+    const SwigluFwd swiglu{.gate = gate_up_,
+                           .up = at(gate_up_, c.intermediate_size, act),
+                           .y = mlp_,
+                           .num_rows = num_tokens,
+                           .num_cols = c.intermediate_size,
+                           .gate_row_stride = 2 * c.intermediate_size,
+                           .up_row_stride = 2 * c.intermediate_size,
+                           .y_row_stride = c.intermediate_size,
+                           .dtype = act};
+    worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+      swiglu_isa().fwd(swiglu, begin, end);
+      prepare(layer.down, mlp_, c.intermediate_size, begin, end, num_tokens);
+    });
+    mark(worker, PhaseKind::swiglu);
+    linear(worker, layer.down, mlp_, c.intermediate_size, delta_, c.hidden_size, num_tokens, act);
+    mark(worker, PhaseKind::down);
+  }
+}
+
+// The rows that want logits, kHeadRows at a time.
+void Decoder::head(const Step& step, Phases::Worker& worker) {
+  const ModelConfig& c = model_->config();
+  const auto num_wanted = static_cast<int64_t>(step.rows.size());
+  for (int64_t first = 0; first < num_wanted; first += kHeadRows) {
+    const int64_t num_rows = std::min(kHeadRows, num_wanted - first);
+    worker.run(num_rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t source = step.rows[static_cast<size_t>(first + r)] * c.hidden_size;
+        // h is left as it is: a row may be asked for twice.
+        rms_norm_isa().fwd({.x = at(delta_, source, c.act_dtype),
+                            .residual = at(h_, source, c.act_dtype),
+                            .weight = model_->norm(),
+                            .h = at(last_, r * c.hidden_size, c.act_dtype),
+                            .y = at(y_, r * c.hidden_size, c.act_dtype),
+                            .rstd = nullptr,
+                            .num_rows = 1,
+                            .num_cols = c.hidden_size,
+                            .x_row_stride = 0,
+                            .residual_row_stride = 0,
+                            .h_row_stride = 0,
+                            .y_row_stride = 0,
+                            .eps = c.norm_eps,
+                            .weight_offset = 0.0f,
+                            .dtype = c.act_dtype},
+                           0, 1);
+      }
+      prepare(model_->head(), y_, c.hidden_size, begin, end, num_rows);
+    });
+    mark(worker, PhaseKind::norm);
+    float* logits = step.logits ? step.logits + first * c.vocab_size : logits_;
+    linear(worker, model_->head(), y_, c.hidden_size, logits, c.vocab_size, num_rows, DType::f32);
+    mark(worker, PhaseKind::head);
+    if (!step.targets.empty()) {
+      worker.run(num_rows, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          const float* row = logits + r * c.vocab_size;
+          const float lse = linear_cross_entropy_isa().row_lse(row, c.vocab_size);
+          step.target_logprobs[first + r] = row[step.targets[static_cast<size_t>(first + r)]] - lse;
+        }
+      });
+      mark(worker, PhaseKind::logprob);
+    }
+  }
+}
+
+}  // namespace pe

@@ -1,0 +1,92 @@
+// One step of the decoder: any number of tokens of any sequences in, logits or log-probabilities out. A step is one
+// native call; all workers walk through its phases together (engine/phases.h).
+//
+// A row's results depend on the tokens before it in its own sequence only: every kernel computes a row by one
+// arithmetic, so batch, chunking, page size and threads change no bit.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/kv_cache.h"
+#include "engine/model.h"
+#include "engine/phases.h"
+#include "pe/matmul.h"
+#include "pe/matmul_w4a16.h"
+#include "pe/matmul_w4a8.h"
+
+namespace pe {
+
+// Kinds of phases, for the profile.
+enum class PhaseKind : int { embed, norm, qkv, rope, attention, o, gate_up, swiglu, down, head, logprob };
+constexpr int kNumPhaseKinds = 11;
+const char* phase_kind_name(PhaseKind kind);
+
+struct Profile {
+  int64_t num_steps = 0, num_tokens = 0;
+  double seconds[kNumPhaseKinds] = {};
+};
+
+class Decoder {
+ public:
+  // max_tokens: the most tokens of one step.
+  Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache, int64_t max_tokens);
+
+  // Appends token_ids[t] to sequence seqs[t] for every t (tokens of one sequence in order; pages claimed by grow
+  // before) and computes what `outputs` asks for. Throws ArgumentError for bad ids, sequences or rows, and changes
+  // nothing then.
+  struct Step {
+    std::span<const int32_t> token_ids, seqs;  // [T]
+    std::span<const int32_t> rows;             // [R] tokens of this step whose logits are wanted
+    float* logits = nullptr;                   // [R, vocab_size] or nullptr
+    std::span<const int32_t> targets;          // [R] or empty
+    float* target_logprobs = nullptr;          // [R]: log-probability of the target after its row
+  };
+  void step(const Step& step);
+
+  KvCache& cache() { return cache_; }
+  const Model& model() const { return *model_; }
+  int64_t max_tokens() const { return max_tokens_; }
+  const Profile& profile() const { return profile_; }
+  void reset_profile() { profile_ = {}; }
+
+ private:
+  void check(const Step& step);
+  void place(const Step& step);
+  void reserve_scratch(int num_workers);
+  void run(const Step& step, Phases::Worker& worker);
+  void layers(const Step& step, Phases::Worker& worker);
+  void head(const Step& step, Phases::Worker& worker);
+  void linear(Phases::Worker& worker, const Linear& parts, const void* x, int64_t x_row_stride, void* y,
+              int64_t y_row_stride, int64_t num_rows, DType y_dtype) const;
+  // Fills the workspace that block formats read beside x.
+  void prepare(const Linear& parts, const void* x, int64_t x_row_stride, int64_t row_begin, int64_t row_end,
+               int64_t num_rows) const;
+  // The same product in the terms of each kernel.
+  Matmul dense_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
+                       int64_t num_rows, DType y_dtype) const;
+  MatmulW4A16 float_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
+                            int64_t num_rows, DType y_dtype) const;
+  MatmulW4A8 int8_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
+                          int64_t num_rows, DType y_dtype) const;
+  void mark(Phases::Worker& worker, PhaseKind kind);
+
+  std::shared_ptr<const Model> model_;
+  KvCache cache_;
+  const int64_t max_tokens_;
+  Arena arena_;
+  // Activations [max_tokens, ...] of act_dtype.
+  void *h_, *y_, *qkv_, *attended_, *delta_, *gate_up_, *mlp_, *last_;
+  uint8_t* workspace_;
+  float* logits_;  // [kHeadRows, vocab_size]
+  std::vector<int32_t> positions_, batch_seqs_, block_table_;
+  int64_t num_batch_seqs_ = 0, block_table_stride_ = 0;
+  std::unique_ptr<Arena> scratch_;  // of attention, scratch_bytes_ per worker
+  uint8_t* scratch_base_ = nullptr;
+  size_t scratch_bytes_ = 0;
+  Profile profile_;
+  double last_mark_ = 0;
+};
+
+}  // namespace pe

@@ -1,0 +1,188 @@
+#include "engine/model.h"
+
+#include <cstring>
+
+#include "pe/block_weights.h"
+#include "pe/matmul.h"
+#include "runtime/error.h"
+
+namespace pe {
+namespace {
+
+constexpr const char* kFormatNames[] = {"float32", "bfloat16", "q4_0", "q4_1", "q8_0"};
+
+int64_t act_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+[[noreturn]] void bad_slot(const std::string& slot) {
+  throw ArgumentError("slot: expected the name of a weight of this model, got '" + slot + "'");
+}
+
+// Splits "layers.<i>.<part>"; returns the part, or "" where `slot` has another form or i is out of range.
+std::string layer_part(const std::string& slot, int64_t num_layers, size_t* layer) {
+  if (slot.rfind("layers.", 0) != 0) return "";
+  const size_t dot = slot.find('.', 7);
+  if (dot == std::string::npos || dot == 7 || dot > 17) return "";
+  size_t i = 0;
+  for (size_t at = 7; at < dot; ++at) {
+    if (slot[at] < '0' || slot[at] > '9') return "";
+    i = i * 10 + static_cast<size_t>(slot[at] - '0');
+  }
+  if (i >= static_cast<size_t>(num_layers)) return "";
+  *layer = i;
+  return slot.substr(dot + 1);
+}
+
+}  // namespace
+
+bool is_block_format(WeightFormat format) { return format != WeightFormat::f32 && format != WeightFormat::bf16; }
+
+BlockFormat block_format(WeightFormat format) {
+  return format == WeightFormat::q4_0   ? BlockFormat::q4_0
+         : format == WeightFormat::q4_1 ? BlockFormat::q4_1
+                                        : BlockFormat::q8_0;
+}
+
+DType dense_dtype(WeightFormat format) { return format == WeightFormat::f32 ? DType::f32 : DType::bf16; }
+
+const char* weight_format_name(WeightFormat format) { return kFormatNames[static_cast<int>(format)]; }
+
+WeightFormat parse_weight_format(const std::string& name) {
+  for (int i = 0; i < 5; ++i)
+    if (name == kFormatNames[i]) return static_cast<WeightFormat>(i);
+  throw ArgumentError("format: expected float32, bfloat16, q4_0, q4_1 or q8_0, got '" + name + "'");
+}
+
+int64_t packed_weight_bytes(WeightFormat format, int64_t num_rows, int64_t num_cols) {
+  // Far above any model, far below where a product of two sizes leaves 63 bits.
+  constexpr int64_t kMaxExtent = int64_t{1} << 26;
+  if (num_rows < 1 || num_rows > kMaxExtent || num_cols < 1 || num_cols > kMaxExtent)
+    throw ArgumentError("shape: expected 1 to 2^26 rows and columns, got " + std::to_string(num_rows) + " x " +
+                        std::to_string(num_cols));
+  if (!is_block_format(format))
+    return static_cast<int64_t>(matmul_packed_bytes(num_rows, num_cols, dense_dtype(format)));
+  if (num_cols % kBlockSize != 0)
+    throw ArgumentError("num_cols: expected a multiple of 32 for " + std::string(weight_format_name(format)) +
+                        ", got " + std::to_string(num_cols));
+  return block_weights_packed_bytes(block_format(format), num_rows, num_cols);
+}
+
+int64_t weight_row_bytes(WeightFormat format, int64_t num_cols) {
+  if (!is_block_format(format)) return num_cols * act_bytes(dense_dtype(format));
+  return block_weights_row_bytes(block_format(format), num_cols);
+}
+
+Model::Model(const ModelConfig& config, size_t capacity_bytes)
+    : config_(config), arena_(capacity_bytes, "model weights"), layers_(static_cast<size_t>(config.num_layers)) {}
+
+const void** Model::vector_slot(const std::string& slot) {
+  if (slot == "norm") return &norm_;
+  size_t i = 0;
+  const std::string part = layer_part(slot, config_.num_layers, &i);
+  if (part == "input_norm") return &layers_[i].input_norm;
+  if (part == "post_norm") return &layers_[i].post_norm;
+  bad_slot(slot);
+}
+
+Linear* Model::matrix_slot(const std::string& slot) {
+  if (slot == "embed") return &embed_;
+  if (slot == "head" && !config_.tie_word_embeddings) return &head_;
+  size_t i = 0;
+  const std::string part = layer_part(slot, config_.num_layers, &i);
+  if (part == "qkv") return &layers_[i].qkv;
+  if (part == "o") return &layers_[i].o;
+  if (part == "gate_up") return &layers_[i].gate_up;
+  if (part == "down") return &layers_[i].down;
+  bad_slot(slot);
+}
+
+void Model::set_vector(const std::string& slot, const void* values) {
+  const void** target = vector_slot(slot);
+  const size_t num_bytes = static_cast<size_t>(config_.hidden_size * act_bytes(config_.act_dtype));
+  uint8_t* copy = arena_.allocate(num_bytes);
+  std::memcpy(copy, values, num_bytes);
+  *target = copy;
+}
+
+void Model::add_matrix(const std::string& slot, WeightFormat format, const void* rows, int64_t num_rows,
+                       int64_t num_cols) {
+  Linear* parts = matrix_slot(slot);
+  uint8_t* packed = arena_.allocate(static_cast<size_t>(packed_weight_bytes(format, num_rows, num_cols)));
+  if (is_block_format(format)) {
+    block_weights_pack({.raw = static_cast<const uint8_t*>(rows),
+                        .raw_row_bytes = weight_row_bytes(format, num_cols),
+                        .row_order = nullptr,
+                        .packed = packed,
+                        .num_rows = num_rows,
+                        .num_cols = num_cols,
+                        .format = block_format(format)});
+  } else {
+    const DType dtype = dense_dtype(format);
+    matmul_pack_cpu({.w = rows,
+                     .w_row_stride = num_cols,
+                     .w_col_stride = 1,
+                     .num_rows = num_rows,
+                     .num_cols = num_cols,
+                     .w_dtype = dtype,
+                     .packed_dtype = dtype,
+                     .packed = packed});
+  }
+  const int64_t offset = parts->empty() ? 0 : parts->back().offset + parts->back().num_rows;
+  parts->push_back({format, num_rows, num_cols, offset, packed});
+}
+
+void Model::set_rope(const float* cos, const float* sin, int64_t num_positions) {
+  const size_t num_bytes = static_cast<size_t>(num_positions * config_.head_dim / 2) * sizeof(float);
+  auto* cos_copy = reinterpret_cast<float*>(arena_.allocate(num_bytes));
+  auto* sin_copy = reinterpret_cast<float*>(arena_.allocate(num_bytes));
+  std::memcpy(cos_copy, cos, num_bytes);
+  std::memcpy(sin_copy, sin, num_bytes);
+  rope_cos_ = cos_copy;
+  rope_sin_ = sin_copy;
+  num_positions_ = num_positions;
+}
+
+void Model::check() const {
+  const auto expect = [](const std::string& slot, const Linear& parts, int64_t num_rows, int64_t num_cols) {
+    int64_t rows = 0;
+    bool same_cols = true;
+    for (const Matrix& part : parts) {
+      rows += part.num_rows;
+      same_cols = same_cols && part.num_cols == num_cols;
+    }
+    if (rows != num_rows || !same_cols)
+      throw ArgumentError(slot + ": expected " + std::to_string(num_rows) + " x " + std::to_string(num_cols) +
+                          " weights, got " + std::to_string(rows) + " rows" + (same_cols ? "" : " of another length"));
+  };
+  const ModelConfig& c = config_;
+  expect("embed", embed_, c.vocab_size, c.hidden_size);
+  if (!c.tie_word_embeddings) expect("head", head_, c.vocab_size, c.hidden_size);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const LayerWeights& layer = layers_[i];
+    const std::string prefix = "layers." + std::to_string(i) + ".";
+    if (!layer.input_norm) throw ArgumentError(prefix + "input_norm: expected values, got none");
+    if (!layer.post_norm) throw ArgumentError(prefix + "post_norm: expected values, got none");
+    expect(prefix + "qkv", layer.qkv, c.qkv_size(), c.hidden_size);
+    expect(prefix + "o", layer.o, c.hidden_size, c.q_size());
+    expect(prefix + "gate_up", layer.gate_up, 2 * c.intermediate_size, c.hidden_size);
+    expect(prefix + "down", layer.down, c.hidden_size, c.intermediate_size);
+  }
+  if (!norm_) throw ArgumentError("norm: expected values, got none");
+  if (!rope_cos_) throw ArgumentError("rope: expected tables, got none");
+}
+
+int64_t Model::bytes_per_token() const {
+  int64_t total = 0;
+  const auto add = [&](const Linear& parts) {
+    for (const Matrix& part : parts) total += packed_weight_bytes(part.format, part.num_rows, part.num_cols);
+  };
+  for (const LayerWeights& layer : layers_) {
+    add(layer.qkv);
+    add(layer.o);
+    add(layer.gate_up);
+    add(layer.down);
+  }
+  add(head());
+  return total;
+}
+
+}  // namespace pe

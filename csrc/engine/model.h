@@ -1,0 +1,95 @@
+// Weights of one decoder in the form that the kernels read, in order of execution, in one arena.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "pe/block_weights.h"
+#include "pe/dtype.h"
+#include "runtime/arena.h"
+
+namespace pe {
+
+enum class WeightFormat : uint8_t { f32, bf16, q4_0, q4_1, q8_0 };
+
+const char* weight_format_name(WeightFormat format);
+WeightFormat parse_weight_format(const std::string& name);  // throws ArgumentError
+bool is_block_format(WeightFormat format);
+BlockFormat block_format(WeightFormat format);                    // of a block format
+DType dense_dtype(WeightFormat format);                           // of f32 and bf16
+int64_t weight_row_bytes(WeightFormat format, int64_t num_cols);  // of one row as it comes from a file
+// Bytes of `num_rows` x `num_cols` weights after packing. Throws ArgumentError for a shape that the format does not
+// take.
+int64_t packed_weight_bytes(WeightFormat format, int64_t num_rows, int64_t num_cols);
+
+// A packed matrix [num_rows, num_cols], or the part of one: its outputs start at column `offset`.
+struct Matrix {
+  WeightFormat format;
+  int64_t num_rows, num_cols, offset;
+  const uint8_t* packed;
+};
+
+// y = x @ w^T where w is one or more matrices stacked; one of them when all parts have the same format.
+using Linear = std::vector<Matrix>;
+
+struct ModelConfig {
+  int64_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim;
+  int64_t sliding_window;  // 0: none
+  float norm_eps;
+  bool tie_word_embeddings;
+  DType act_dtype;        // f32 or bf16: of activations between kernels
+  bool int8_activations;  // block formats only: integer dot products over activations rounded to int8 per 32
+
+  int64_t q_size() const { return num_heads * head_dim; }
+  int64_t kv_size() const { return num_kv_heads * head_dim; }
+  int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
+};
+
+struct LayerWeights {
+  const void* input_norm = nullptr;
+  Linear qkv, o;
+  const void* post_norm = nullptr;
+  Linear gate_up, down;
+};
+
+class Model {
+ public:
+  Model(const ModelConfig& config, size_t capacity_bytes);
+
+  // slot: "norm", "layers.<i>.input_norm", "layers.<i>.post_norm"; `values` [hidden_size] of act_dtype, copied.
+  void set_vector(const std::string& slot, const void* values);
+  // slot: "embed", "head", "layers.<i>.qkv" | "o" | "gate_up" | "down". Several calls stack parts in order.
+  // `rows`: contiguous, [num_rows] rows of the format (f32, bf16 or GGUF blocks).
+  void add_matrix(const std::string& slot, WeightFormat format, const void* rows, int64_t num_rows, int64_t num_cols);
+  // Rotation tables f32 [num_positions, head_dim / 2], copied.
+  void set_rope(const float* cos, const float* sin, int64_t num_positions);
+  // Throws ArgumentError that names the first slot that is missing or has a wrong shape.
+  void check() const;
+
+  const ModelConfig& config() const { return config_; }
+  const LayerWeights& layer(int64_t i) const { return layers_[static_cast<size_t>(i)]; }
+  const void* norm() const { return norm_; }
+  const Linear& embed() const { return embed_; }
+  const Linear& head() const { return config_.tie_word_embeddings ? embed_ : head_; }
+  const float* rope_cos() const { return rope_cos_; }
+  const float* rope_sin() const { return rope_sin_; }
+  int64_t num_positions() const { return num_positions_; }
+  size_t num_bytes() const { return arena_.used(); }
+  // Bytes of weights that one decode step reads.
+  int64_t bytes_per_token() const;
+
+ private:
+  const void** vector_slot(const std::string& slot);
+  Linear* matrix_slot(const std::string& slot);
+
+  ModelConfig config_;
+  Arena arena_;
+  std::vector<LayerWeights> layers_;
+  const void* norm_ = nullptr;
+  Linear embed_, head_;
+  const float* rope_cos_ = nullptr;
+  const float* rope_sin_ = nullptr;
+  int64_t num_positions_ = 0;
+};
+
+}  // namespace pe

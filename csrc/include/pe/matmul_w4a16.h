@@ -1,0 +1,55 @@
+// matmul_w4a16 -- the product with low-bit block weights and float activations: q4_0, q4_1 and q8_0 (the name is that
+// of the family), each weight at its exact value.
+//
+// Math       y[m,n] = sum_k x[m,k] * w[n,k]
+// Shapes     x [M, K], y [M, N]: last dimension contiguous, row strides in elements; weight N x K, see block_weights.h
+// Numerics   x and y f32 | bf16, each on its own; arithmetic in f32, one rounding at the store. With the code c = q - 8
+//            (q4_*) or q (q8_0), a group g of 32 k contributes
+//              s = fma(c[31], x[31], ... fma(c[1], x[1], fma(c[0], x[0], 0)))      k ascending
+//              total = fma(d, s, total)
+//              q4_1: total = fma(m', sum_x[g], total) with m' = fma(8, d, m), rounded once, since d*q + m = d*(q-8) +
+//              m'
+//            groups ascending; sum_x is x[0..15] + x[16..31], then halves added until one is left
+// Writes     y is overwritten; it may not overlap x or the workspace
+// Order      an element of y depends on its row of x and its row of w alone, and its bits are the same on every ISA
+// level Cost       M = 1 streams the packed weights once; large M is bound by f32 fma, 2*M*N*K flops Reference
+// pyengine/reference/matmul_w4a16.py
+#pragma once
+#include <cstdint>
+
+#include "pe/block_weights.h"
+#include "pe/dtype.h"
+#include "pe/isa.h"
+
+namespace pe {
+
+struct MatmulW4A16 {
+  const void* x;
+  BlockWeights weight;
+  void* y;
+  float* workspace;  // matmul_w4a16_workspace_floats of it, filled by `prepare`; nullptr where that is 0
+  int64_t num_rows;  // M
+  int64_t x_row_stride, y_row_stride;
+  DType x_dtype, y_dtype;
+};
+
+// The workspace holds x as f32 [M, K] where x is bf16, then sum_x [M, K/32] where the format is q4_1.
+static constexpr int64_t matmul_w4a16_workspace_floats(BlockFormat format, DType x_dtype, int64_t num_rows,
+                                                       int64_t num_cols) {
+  return (x_dtype == DType::bf16 ? num_rows * num_cols : 0) +
+         (format == BlockFormat::q4_1 ? num_rows * (num_cols / kBlockSize) : 0);
+}
+
+void matmul_w4a16_cpu(const MatmulW4A16& args);  // brings its own workspace: args.workspace is not read
+void matmul_w4a16_cuda(const MatmulW4A16& args, void* stream);
+
+// Threads are the caller's business. Every row must be prepared before a tile reads it.
+struct MatmulW4A16Isa {
+  void (*prepare)(const MatmulW4A16& args, int64_t row_begin, int64_t row_end);
+  // y of the rows and of 16 columns per panel.
+  void (*tile)(const MatmulW4A16& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
+};
+PE_DECLARE_ISA_TABLE(MatmulW4A16Isa, matmul_w4a16);
+const MatmulW4A16Isa& matmul_w4a16_isa();  // of the level in use
+
+}  // namespace pe

@@ -1,0 +1,54 @@
+"""`pyengine generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from pyengine.cli.options import engine_options, sampling_options
+
+
+@click.command("generate")
+@click.argument("model", type=click.Path())
+@click.argument("prompts", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per completion.")
+@click.option("--logprobs", type=int, default=None, help="With --json: log-probabilities and this many alternatives.")
+@engine_options
+@sampling_options
+def command(
+    model: str,
+    prompts: tuple[str, ...],
+    as_json: bool,
+    logprobs: int | None,
+    weights: str,
+    mode: str,
+    threads: int | None,
+    max_context: int | None,
+    **sampling: Any,
+) -> None:
+    """Complete PROMPTS with MODEL, a .gguf file or a Hugging Face folder. Without prompts, each line of standard input
+    is one; they run together.
+
+    \b
+    pyengine generate model.gguf "The capital of France is" --max-tokens 8
+    pyengine generate model/ --json <prompts.txt >completions.jsonl
+    """
+    from pyengine.infer import LLM, SamplingParams
+
+    params = SamplingParams(logprobs=logprobs, **sampling)
+    texts = list(prompts) or [line.rstrip("\n") for line in sys.stdin]
+    llm = LLM(model, weights=weights, mode=mode, threads=threads, max_context=max_context)
+    if len(texts) == 1 and not as_json:
+        for piece in llm.stream(texts[0], params):
+            click.echo(piece.text, nl=False)
+        click.echo()
+        return
+    for text, completion in zip(texts, llm.generate(texts, params), strict=True):
+        if as_json:
+            click.echo(json.dumps({"prompt": text, **asdict(completion)}, ensure_ascii=False))
+        else:
+            click.echo(f"--- {text}\n{completion.text}")

@@ -1,0 +1,1 @@
+"""Text to training rows: corpus, tokenizer training, token shards, packing."""

@@ -1,0 +1,18 @@
+"""Model files: safetensors and GGUF, read without copies from untrusted sources and written by rename."""
+
+from pyengine.formats.blocks import quantize_q4_0, quantize_q4_1, quantize_q8_0
+from pyengine.formats.gguf import GgufReader, GgufTensor, open_gguf, write_gguf
+from pyengine.formats.safetensors import SafetensorsReader, open_safetensors, write_safetensors
+
+__all__ = [
+    "GgufReader",
+    "GgufTensor",
+    "SafetensorsReader",
+    "open_gguf",
+    "open_safetensors",
+    "quantize_q4_0",
+    "quantize_q4_1",
+    "quantize_q8_0",
+    "write_gguf",
+    "write_safetensors",
+]

@@ -1,0 +1,225 @@
+"""Quantisation of rows to the blocks of ggml, in numpy.
+
+Without `search` the result equals `quantize_row_*_ref` of https://github.com/ggml-org/ggml (ggml-quants.c) bit for bit.
+The inverse is `pyengine._C.gguf_dequantize`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyengine.errors import ArgumentError
+
+__all__ = ["BLOCK_ELEMENTS", "quantize_q4_0", "quantize_q4_1", "quantize_q8_0"]
+
+BLOCK_ELEMENTS = 32
+_HALF_MAX = 65504.0
+
+_Float32 = npt.NDArray[np.float32]
+_Uint8 = npt.NDArray[np.uint8]
+
+
+def quantize_q4_0(weight: npt.NDArray[Any], search: bool = False) -> _Uint8:
+    """w = d * (q - 8), q of 4 bits: 18 bytes for 32 weights.
+
+    Args:
+        weight: [..., in_features], finite, in_features a multiple of 32.
+        search: choose d per block for the least squared error instead of from the largest magnitude; about 80 times the
+            work.
+
+    Returns:
+        uint8 [..., in_features / 32 * 18].
+
+    Raises:
+        ArgumentError: a length that is no multiple of 32, or values whose scale a half cannot hold.
+    """
+    blocks = _as_blocks(weight)
+    scale = _scale_q4_0(blocks)
+    codes = _round_half_up(blocks * _reciprocal(scale) + np.float32(8.5), 15)
+    half = _as_half(scale)
+    if search:
+        candidates = np.linspace(0.75, 1.1, 29, dtype=np.float32)
+        half, codes = _search_scale(blocks, scale, half, codes, candidates, low=0, high=15, zero=8)
+    return _join(weight, _half_bytes(half), _pack_nibbles(codes))
+
+
+def quantize_q4_1(weight: npt.NDArray[Any], search: bool = False) -> _Uint8:
+    """w = d * q + m, q of 4 bits: 20 bytes for 32 weights.
+
+    Args:
+        weight: [..., in_features], finite, in_features a multiple of 32.
+        search: choose m and d per block for the least squared error instead of from the smallest and largest weight;
+            about 80 times the work.
+
+    Returns:
+        uint8 [..., in_features / 32 * 20].
+
+    Raises:
+        ArgumentError: a length that is no multiple of 32, or values that a half cannot hold.
+    """
+    blocks = _as_blocks(weight)
+    minimum = blocks.min(axis=-1, keepdims=True)
+    maximum = blocks.max(axis=-1, keepdims=True)
+    scale = (maximum - minimum) / np.float32(15)
+    codes = _round_half_up((blocks - minimum) * _reciprocal(scale) + np.float32(0.5), 15)
+    half_scale, half_minimum = _as_half(scale), _as_half(minimum)
+    if search:
+        half_scale, half_minimum, codes = _search_range(blocks, minimum, maximum, half_scale, half_minimum, codes)
+    return _join(weight, _half_bytes(half_scale), _half_bytes(half_minimum), _pack_nibbles(codes))
+
+
+def quantize_q8_0(weight: npt.NDArray[Any], search: bool = False) -> _Uint8:
+    """w = d * q, q of 8 bits with sign: 34 bytes for 32 weights.
+
+    Args:
+        weight: [..., in_features], finite, in_features a multiple of 32.
+        search: choose d per block for the least squared error instead of from the largest magnitude; about 80 times the
+            work.
+
+    Returns:
+        uint8 [..., in_features / 32 * 34].
+
+    Raises:
+        ArgumentError: a length that is no multiple of 32, or values whose scale a half cannot hold.
+    """
+    blocks = _as_blocks(weight)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    scaled = blocks * _reciprocal(scale)
+    # Halves round away from zero; adding 0.5 to the whole value could round up what lies just below a half.
+    magnitude = np.abs(scaled)
+    whole = np.floor(magnitude)
+    codes = np.asarray(np.copysign(whole + (magnitude - whole >= 0.5), scaled), np.float32)
+    half = _as_half(scale)
+    if search:
+        candidates = np.linspace(0.97, 1.01, 29, dtype=np.float32)
+        half, codes = _search_scale(blocks, scale, half, codes, candidates, low=-128, high=127, zero=0)
+    return _join(weight, _half_bytes(half), codes.astype(np.int8).view(np.uint8))
+
+
+def _as_blocks(weight: npt.NDArray[Any]) -> _Float32:
+    if weight.ndim == 0 or weight.shape[-1] % BLOCK_ELEMENTS != 0:
+        raise ArgumentError(f"weight: expected rows of a multiple of {BLOCK_ELEMENTS}, got shape {weight.shape}")
+    blocks = np.ascontiguousarray(weight, np.float32).reshape(-1, BLOCK_ELEMENTS)
+    if not np.isfinite(blocks).all():
+        raise ArgumentError("weight: expected finite values, got infinity or NaN")
+    return blocks
+
+
+def _as_half(values: _Float32) -> npt.NDArray[np.float16]:
+    if values.size and np.abs(values).max() > _HALF_MAX:
+        raise ArgumentError(f"weight: expected scales up to {_HALF_MAX}, got {np.abs(values).max()}")
+    return values.astype(np.float16)
+
+
+def _reciprocal(scale: _Float32) -> _Float32:
+    """1 / scale, and 0 where that is infinite: the scale is 0 then, or becomes 0 as a half."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scale
+    return np.where(np.isfinite(inverse), inverse, np.float32(0))
+
+
+def _round_half_up(shifted: _Float32, high: int) -> _Float32:
+    """The integer part of values that were shifted by a half, in [0, high]."""
+    return np.asarray(np.clip(np.trunc(shifted), 0, high), np.float32)
+
+
+def _scale_q4_0(blocks: _Float32) -> _Float32:
+    """The weight of the largest magnitude, the first of several, becomes code 0."""
+    position = np.abs(blocks).argmax(axis=-1)[:, None]
+    return np.take_along_axis(blocks, position, axis=-1) / np.float32(-8)
+
+
+def _half_bytes(half: npt.NDArray[np.float16]) -> _Uint8:
+    return half.reshape(-1, 1).view(np.uint8)
+
+
+def _pack_nibbles(codes: npt.NDArray[Any]) -> _Uint8:
+    """Elements 0..15 of a block go to the low halves of its 16 bytes, 16..31 to the high halves."""
+    narrow = codes.astype(np.uint8)
+    middle = BLOCK_ELEMENTS // 2
+    return narrow[:, :middle] | (narrow[:, middle:] << np.uint8(4))
+
+
+def _join(weight: npt.NDArray[Any], *parts: _Uint8) -> _Uint8:
+    rows = np.concatenate(parts, axis=-1)
+    row_bytes = weight.shape[-1] // BLOCK_ELEMENTS * rows.shape[-1]
+    return rows.reshape(*weight.shape[:-1], row_bytes)
+
+
+def _squared_error(blocks: _Float32, approximation: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    difference = blocks.astype(np.float64) - approximation
+    return np.asarray(np.einsum("bi,bi->b", difference, difference))
+
+
+def _fit_codes(blocks: _Float32, half: npt.NDArray[np.float16], low: int, high: int, zero: int) -> _Float32:
+    """The best codes for the scale as it is stored."""
+    inverse = _reciprocal(half.astype(np.float32))
+    return np.asarray(np.clip(np.rint(blocks * inverse) + zero, low, high), np.float32)
+
+
+def _search_scale(
+    blocks: _Float32,
+    scale: _Float32,
+    best_half: npt.NDArray[np.float16],
+    best_codes: _Float32,
+    candidates: _Float32,
+    low: int,
+    high: int,
+    zero: int,
+) -> tuple[npt.NDArray[np.float16], _Float32]:
+    """Tries scale * candidates, each followed by the least-squares scale for its codes; keeps the best per block."""
+    best_error = _squared_error(blocks, best_half.astype(np.float64) * (best_codes - zero))
+    for candidate in candidates:
+        half = (scale * candidate).astype(np.float16)
+        for _ in range(2):
+            codes = _fit_codes(blocks, half, low, high, zero)
+            error = _squared_error(blocks, half.astype(np.float64) * (codes - zero))
+            better = (error < best_error) & np.isfinite(half[:, 0])
+            best_error = np.where(better, error, best_error)
+            best_half = np.where(better[:, None], half, best_half)
+            best_codes = np.where(better[:, None], codes, best_codes)
+            centred = codes.astype(np.float64) - zero
+            weight_sum = np.einsum("bi,bi->b", centred, centred)
+            product = np.einsum("bi,bi->b", centred, blocks.astype(np.float64))
+            fitted = np.divide(product, weight_sum, out=np.zeros_like(product), where=weight_sum > 0)
+            half = np.clip(fitted, -_HALF_MAX, _HALF_MAX).astype(np.float16)[:, None]
+    return best_half, best_codes
+
+
+def _search_range(
+    blocks: _Float32,
+    minimum: _Float32,
+    maximum: _Float32,
+    best_scale: npt.NDArray[np.float16],
+    best_minimum: npt.NDArray[np.float16],
+    best_codes: _Float32,
+) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16], _Float32]:
+    """Tries ranges drawn in from both ends, each followed by the least-squares line for its codes; keeps the best."""
+    span = maximum - minimum
+    best_error = _squared_error(blocks, best_scale.astype(np.float64) * best_codes + best_minimum.astype(np.float64))
+    exact = blocks.astype(np.float64)
+    mean = exact.mean(axis=-1)
+    for cut_low in (0.0, 0.03, 0.06, 0.1, 0.15):
+        for cut_high in (0.0, 0.03, 0.06, 0.1, 0.15):
+            low = (minimum + np.float32(cut_low) * span).astype(np.float16)
+            half = (span * np.float32((1 - cut_low - cut_high) / 15)).astype(np.float16)
+            for _ in range(2):
+                inverse = _reciprocal(half.astype(np.float32))
+                codes = np.clip(np.rint((blocks - low.astype(np.float32)) * inverse), 0, 15)
+                error = _squared_error(blocks, half.astype(np.float64) * codes + low.astype(np.float64))
+                better = error < best_error
+                best_error = np.where(better, error, best_error)
+                best_scale = np.where(better[:, None], half, best_scale)
+                best_minimum = np.where(better[:, None], low, best_minimum)
+                best_codes = np.where(better[:, None], codes, best_codes)
+                centred = codes - codes.mean(axis=-1, keepdims=True)
+                variance = np.einsum("bi,bi->b", centred, centred)
+                product = np.einsum("bi,bi->b", centred, exact)
+                slope = np.divide(product, variance, out=np.zeros_like(product), where=variance > 0)
+                intercept = mean - slope * codes.mean(axis=-1)
+                half = np.clip(slope, -_HALF_MAX, _HALF_MAX).astype(np.float16)[:, None]
+                low = np.clip(intercept, -_HALF_MAX, _HALF_MAX).astype(np.float16)[:, None]
+    return best_scale, best_minimum, best_codes

@@ -1,0 +1,7 @@
+"""Inference: `LLM`, sampling options, results. Nothing here imports torch."""
+
+from pyengine.infer.llm import LLM
+from pyengine.infer.outputs import Completion, Score, TextPiece, TokenLogprobs
+from pyengine.infer.sampling_params import SamplingParams
+
+__all__ = ["LLM", "Completion", "SamplingParams", "Score", "TextPiece", "TokenLogprobs"]

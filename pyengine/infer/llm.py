@@ -1,0 +1,262 @@
+"""`LLM`: generate, chat and score with one model on the native engine. Never imports torch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from pyengine import _C
+from pyengine.errors import ArgumentError, BackendUnavailable
+from pyengine.infer.explain import Explanation, explain
+from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
+from pyengine.infer.outputs import Completion, Score, TextPiece
+from pyengine.infer.runner import Runner
+from pyengine.infer.sampling_params import SamplingParams
+from pyengine.infer.scheduler import Scheduler
+from pyengine.infer.sequence import Sequence
+from pyengine.spec import ModelSpec
+from pyengine.tokenizer import ChatTemplate, Tokenizer
+
+Prompt = str | SequenceOf[int]
+
+
+class LLM:
+    """A model ready to generate, from a GGUF file or a Hugging Face folder.
+
+    Args:
+        model: path of a .gguf file, or of a folder with config.json, tokenizer.json and model.safetensors.
+        weights: format in memory: "auto" keeps the file's; "float32", "bfloat16", "q8_0", "q4_1", "q4_0" convert.
+        mode: "exact" computes with float activations; "fast" rounds activations to int8 per 32 values and takes integer
+            dot products (block formats only). "auto" is "exact".
+        threads: size of the native thread pool of this process; None keeps it.
+        max_context: most tokens of one sequence; None takes the model's, at most 8192.
+        cache_tokens: tokens that the key/value cache holds over all sequences; None takes max_context.
+        kv_dtype: "auto", "float32" or "bfloat16" keys and values.
+        max_batch_tokens: most tokens of one native step.
+
+    Safe to call from several threads, and streams may be interleaved: what runs at the same time shares the native steps.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        weights: str = "auto",
+        mode: str = "auto",
+        threads: int | None = None,
+        max_context: int | None = None,
+        cache_tokens: int | None = None,
+        kv_dtype: str = "auto",
+        page_size: int = 32,
+        max_batch_tokens: int = 512,
+    ) -> None:
+        if threads is not None:
+            _C.set_num_threads(threads)
+        options = EngineOptions(
+            weights=weights,
+            mode=mode,
+            max_context=max_context,
+            cache_tokens=cache_tokens,
+            kv_dtype=kv_dtype,
+            page_size=page_size,
+            max_batch_tokens=max_batch_tokens,
+        )
+        self._loaded: LoadedModel = load_model(model, options)
+        self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size)
+        self._scheduler = Scheduler(self._runner)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> LLM:
+        """Same as LLM(model, **options)."""
+        return cls(model, **options)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._loaded.spec
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._loaded.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """Raises BackendUnavailable if the model comes without one."""
+        if self._loaded.chat_template is None:
+            raise BackendUnavailable(f"{self._loaded.path}: the model has no chat template; use generate")
+        return self._loaded.chat_template
+
+    @property
+    def max_context(self) -> int:
+        return self._loaded.max_context
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Complete each prompt; prompts run together, and each gets the same bits as alone.
+
+        A prompt is text or token ids. `params` is one for all, or one per prompt. Returns completions in order.
+        """
+        sequences = self._sequences(_prompt_list(prompts), params)
+        for _ in self._run(sequences):
+            pass
+        return [sequence.completion() for sequence in sequences]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextPiece]:
+        """Complete one prompt piece by piece. Closing the iterator cancels the request."""
+        return self._run(self._sequences([prompt], params))
+
+    @overload
+    def chat(
+        self, messages: SequenceOf[Mapping[str, Any]], params: SamplingParams | None = ..., *,
+        stream: Literal[False] = ..., **variables: Any,
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self, messages: SequenceOf[Mapping[str, Any]], params: SamplingParams | None = ..., *,
+        stream: Literal[True], **variables: Any,
+    ) -> Iterator[TextPiece]: ...
+    def chat(
+        self, messages: SequenceOf[Mapping[str, Any]], params: SamplingParams | None = None, *,
+        stream: bool = False, **variables: Any,
+    ) -> Completion | Iterator[TextPiece]:
+        """Answer a conversation, a list of {"role", "content"}, by the model's chat template.
+
+        `variables` go to the template (tools, documents, enable_thinking, ...).
+        """
+        prompt = self.chat_prompt(messages, **variables)
+        if stream:
+            return self.stream(prompt, params)
+        return self.generate([prompt], params)[0]
+
+    def chat_prompt(self, messages: SequenceOf[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """The token ids that a conversation becomes, with the prompt for the assistant's turn."""
+        text = self.chat_template.render(messages, add_generation_prompt=True, **variables)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    # --- scoring ------------------------------------------------------------------------------------------------------
+
+    def score(self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt]) -> list[Score]:
+        """Log-probability of every token of each completion after its prompt; the same bits as in generation.
+
+        Text is encoded in two parts, prompt and completion. An empty prompt starts from the model's first token (bos or
+        eos); without one, the first token of the completion cannot be scored: ArgumentError.
+        """
+        if len(prompts) != len(completions):
+            raise ArgumentError(f"completions: expected {len(prompts)}, one per prompt, got {len(completions)}")
+        with self._lock:
+            return [self._score(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+
+    def _score(self, index: int, prompt: Prompt, completion: Prompt) -> Score:
+        prompt_ids = self._encode(prompt, f"prompts[{index}]")
+        ids = self._encode(completion, f"completions[{index}]", add_special_tokens=False)
+        if not prompt_ids:
+            start = self.spec.bos_token_id
+            if start is None:
+                raise ArgumentError(f"prompts[{index}]: expected at least one token, got none, and the model has no bos")
+            prompt_ids = [start]
+        if not ids:
+            return Score([], [])
+        self._check_length(len(prompt_ids) + len(ids), f"prompts[{index}]")
+        inputs = np.array((prompt_ids + ids)[:-1], np.int32)
+        targets = np.concatenate([np.zeros(len(prompt_ids) - 1, np.int32), np.array(ids, np.int32)])
+        logprobs = self._runner.target_logprobs(inputs, targets, len(prompt_ids) - 1)
+        return Score(ids, logprobs.tolist())
+
+    def logits(self, token_ids: SequenceOf[int]) -> np.ndarray:
+        """Logits after each token of one sequence: float32 [len(token_ids), vocab_size]."""
+        ids = self._encode(token_ids, "token_ids")
+        self._check_length(len(ids), "token_ids")
+        with self._lock:
+            return self._runner.logits(np.array(ids, np.int32))
+
+    def explain(self) -> Explanation:
+        """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
+        return explain(self._loaded)
+
+    # --- shared -------------------------------------------------------------------------------------------------------
+
+    def _run(self, sequences: list[Sequence]) -> Iterator[TextPiece]:
+        """Pieces of these sequences until all have finished. Others that run meanwhile share the steps."""
+        with self._lock:
+            for sequence in sequences:
+                self._scheduler.add(sequence)
+        try:
+            running = list(sequences)
+            while running:
+                with self._lock:
+                    if not any(sequence.inbox or sequence.failure for sequence in running):
+                        self._scheduler.step()
+                    pieces = [piece for sequence in running for piece in sequence.inbox]
+                    for sequence in running:
+                        sequence.inbox.clear()
+                yield from pieces
+                for sequence in running:
+                    if sequence.failure is not None:
+                        raise sequence.failure
+                # Another caller's step may have finished a sequence whose last pieces are still to be taken.
+                running = [sequence for sequence in running if sequence.finish_reason is None or sequence.inbox]
+        finally:
+            with self._lock:
+                for sequence in sequences:
+                    self._scheduler.cancel(sequence)
+
+    def _sequences(
+        self, prompts: list[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None
+    ) -> list[Sequence]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ArgumentError(f"params: expected one, or {len(prompts)}, one per prompt, got {len(params)}")
+        return [self._sequence(i, p, o) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
+
+    def _sequence(self, index: int, prompt: Prompt, params: SamplingParams) -> Sequence:
+        name = f"prompts[{index}]"
+        ids = self._encode(prompt, name)
+        if not ids:
+            start = self.spec.bos_token_id
+            if start is None:
+                raise ArgumentError(f"{name}: expected at least one token, got none, and the model has no bos token")
+            ids = [start]
+        self._check_length(len(ids) + 1, name)
+        for token in params.stop_token_ids:
+            if token >= self.spec.vocab_size:
+                raise ArgumentError(f"stop_token_ids: expected ids below {self.spec.vocab_size}, got {token}")
+        room = self.max_context - len(ids)
+        if params.max_tokens > room:
+            params = replace(params, max_tokens=room)
+        return Sequence.start(ids, params, self.tokenizer, self.spec.eos_token_ids)
+
+    def _encode(self, prompt: Prompt, name: str, *, add_special_tokens: bool = True) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        ids = [int(i) for i in prompt]
+        for position, token in enumerate(ids):
+            if not 0 <= token < self.spec.vocab_size:
+                raise ArgumentError(
+                    f"{name}: expected token ids from 0 to {self.spec.vocab_size - 1}, got {token} at {position}"
+                )
+        return ids
+
+    def _check_length(self, num_tokens: int, name: str) -> None:
+        if num_tokens > self.max_context:
+            raise ArgumentError(f"{name}: expected at most {self.max_context} tokens with the answer, got {num_tokens}")
+
+
+def _prompt_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items: Iterable[Any] = prompts
+    out = list(items)
+    if out and all(isinstance(item, (int, np.integer)) for item in out):
+        return [out]
+    return out
+

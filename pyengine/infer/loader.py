@@ -1,0 +1,222 @@
+"""From a model on disk to a native decoder. Weights go from the mapped file into the native arena, part by part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from pyengine import _C
+from pyengine.errors import ArgumentError, BackendUnavailable
+from pyengine.formats.blocks import quantize_q4_0, quantize_q4_1, quantize_q8_0
+from pyengine.infer.source import WeightSource, open_source
+from pyengine.spec import ModelSpec
+from pyengine.tokenizer import ChatTemplate, Tokenizer
+
+WEIGHT_FORMATS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
+DEFAULT_MAX_CONTEXT = 8192
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The choices of `LLM`, checked."""
+
+    weights: str = "auto"
+    mode: str = "auto"
+    max_context: int | None = None
+    cache_tokens: int | None = None
+    kv_dtype: str = "auto"
+    page_size: int = 32
+    max_batch_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        _one_of("weights", self.weights, ("auto", *WEIGHT_FORMATS))
+        _one_of("mode", self.mode, ("auto", "exact", "fast"))
+        _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16"))
+        for name, low, high in (("max_context", 1, 1 << 24), ("cache_tokens", 1, 1 << 31), ("max_batch_tokens", 1, 8192)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and low <= value <= high):
+                raise ArgumentError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
+        if self.page_size not in (16, 32, 64, 128, 256):
+            raise ArgumentError(f"page_size: expected 16, 32, 64, 128 or 256 tokens, got {self.page_size!r}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ArgumentError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A native decoder with what belongs to it."""
+
+    path: str
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    model: _C.DecoderModel
+    decoder: _C.Decoder
+    options: EngineOptions
+    weight_formats: dict[str, str]
+    """Format in memory of each matrix, by its Hugging Face name."""
+    act_dtype: str
+    mode: str
+    kv_dtype: str
+    max_context: int
+
+
+_QUANTIZERS: Mapping[str, Callable[[Array], Array]] = {"q8_0": quantize_q8_0, "q4_1": quantize_q4_1, "q4_0": quantize_q4_0}
+
+
+def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedModel:
+    """Raises ModelFileError for a bad file, BackendUnavailable for one whose formats have no kernel here."""
+    source = open_source(path)
+    spec = source.spec
+    formats = {name: _target_format(source, name, options.weights) for name in source.matrix_names()}
+    has_blocks = any(f.startswith("q") for f in formats.values())
+    if options.mode == "fast" and not has_blocks:
+        raise ArgumentError(f"mode: 'fast' needs weights in blocks (q8_0, q4_1, q4_0), got {sorted(set(formats.values()))}")
+    act_dtype = "bfloat16" if set(formats.values()) == {"bfloat16"} else "float32"
+    mode = "exact" if options.mode == "auto" else options.mode
+    kv_dtype = act_dtype if options.kv_dtype == "auto" else options.kv_dtype
+    max_context = min(spec.max_position_embeddings, options.max_context or DEFAULT_MAX_CONTEXT)
+
+    model = _C.DecoderModel(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_layers=spec.num_layers,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        sliding_window=spec.sliding_window or 0,
+        norm_eps=spec.norm_eps,
+        tie_word_embeddings=spec.tie_word_embeddings,
+        act_dtype=act_dtype,
+        int8_activations=mode == "fast",
+        capacity_bytes=_capacity(spec, formats, max_context),
+    )
+    _fill(model, source, formats, act_dtype)
+    half = spec.head_dim // 2
+    cos, sin = np.empty((max_context, half), np.float32), np.empty((max_context, half), np.float32)
+    _C.rope_table(spec.inv_freq(), cos, sin)
+    model.set_rope(cos, sin)
+    model.check()
+
+    cache_tokens = options.cache_tokens or max_context
+    decoder = _C.Decoder(
+        model,
+        page_size=options.page_size,
+        num_pages=-(-cache_tokens // options.page_size),
+        kv_dtype=kv_dtype,
+        max_tokens=options.max_batch_tokens,
+    )
+    return LoadedModel(
+        path=os.fspath(path),
+        spec=spec,
+        tokenizer=source.tokenizer(),
+        chat_template=source.chat_template(),
+        model=model,
+        decoder=decoder,
+        options=options,
+        weight_formats=formats,
+        act_dtype=act_dtype,
+        mode=mode,
+        kv_dtype=kv_dtype,
+        max_context=max_context,
+    )
+
+
+# The stacked matrices of a layer, and the weights that each is made of.
+_SLOTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+def _slots(spec: ModelSpec) -> dict[str, list[str]]:
+    """Native slot -> Hugging Face names, in order of execution."""
+    slots = {"embed": ["model.embed_tokens.weight"]}
+    for i in range(spec.num_layers):
+        for slot, parts in _SLOTS.items():
+            slots[f"layers.{i}.{slot}"] = [f"model.layers.{i}.{part}.weight" for part in parts]
+    if not spec.tie_word_embeddings:
+        slots["head"] = ["lm_head.weight"]
+    return slots
+
+
+def _groups(names: list[str], formats: dict[str, str]) -> list[list[str]]:
+    """Neighbours of one format together: each group becomes one packed matrix."""
+    groups: list[list[str]] = []
+    for name in names:
+        if groups and formats[groups[-1][0]] == formats[name]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _capacity(spec: ModelSpec, formats: dict[str, str], max_context: int) -> int:
+    shapes = spec.tensor_shapes()
+    total = 0
+    for names in _slots(spec).values():
+        for group in _groups(names, formats):
+            num_rows = sum(shapes[name][0] for name in group)
+            total += _C.packed_weight_bytes(formats[group[0]], num_rows, shapes[group[0]][1]) + 64
+    total += (2 * spec.num_layers + 1) * (4 * spec.hidden_size + 64)
+    return total + 2 * (max_context * spec.head_dim // 2 * 4 + 64)
+
+
+def _fill(model: _C.DecoderModel, source: WeightSource, formats: dict[str, str], act_dtype: str) -> None:
+    vectors = {"norm": "model.norm.weight"}
+    for i in range(source.spec.num_layers):
+        vectors[f"layers.{i}.input_norm"] = f"model.layers.{i}.input_layernorm.weight"
+        vectors[f"layers.{i}.post_norm"] = f"model.layers.{i}.post_attention_layernorm.weight"
+    for slot, name in vectors.items():
+        values = source.dense(name).astype(ml_dtypes.bfloat16 if act_dtype == "bfloat16" else np.float32)
+        model.set_vector(slot, values.view(np.uint8).reshape(-1))
+    shapes = source.spec.tensor_shapes()
+    for slot, names in _slots(source.spec).items():
+        for group in _groups(names, formats):
+            rows = [_rows(source, name, formats[name]) for name in group]
+            stacked = np.ascontiguousarray(rows[0] if len(rows) == 1 else np.concatenate(rows))
+            model.add_matrix(slot, formats[group[0]], stacked, len(stacked), shapes[group[0]][1])
+
+
+def _target_format(source: WeightSource, name: str, wanted: str) -> str:
+    stored = source.stored_format(name)
+    if wanted == "auto":
+        kept = {"float32": "float32", "float16": "float32", "bfloat16": "bfloat16"}.get(stored, stored)
+        if kept not in WEIGHT_FORMATS:
+            raise BackendUnavailable(
+                f"{source.path}: {name} is stored as {stored}, for which there is no kernel; "
+                f"pass weights= one of {', '.join(WEIGHT_FORMATS)} to convert"
+            )
+        return kept
+    if wanted.startswith("q") and source.spec.tensor_shapes()[name][1] % 32:
+        raise ArgumentError(
+            f"weights: {wanted} needs rows of a multiple of 32 values, got {source.spec.tensor_shapes()[name][1]} in {name}"
+        )
+    return wanted
+
+
+def _rows(source: WeightSource, name: str, target: str) -> npt.NDArray[np.uint8]:
+    """The weight as uint8 [num_rows, row_bytes] in the target format; copied only to convert or to reorder rows."""
+    if source.stored_format(name) == target:
+        return source.raw(name)
+    dense = source.dense(name)
+    if target in _QUANTIZERS:
+        return _QUANTIZERS[target](np.ascontiguousarray(dense, np.float32)).view(np.uint8).reshape(len(dense), -1)
+    dtype = np.dtype(np.float32) if target == "float32" else np.dtype(ml_dtypes.bfloat16)
+    return np.ascontiguousarray(dense.astype(dtype)).view(np.uint8).reshape(len(dense), -1)
+
+

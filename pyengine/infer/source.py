@@ -1,0 +1,169 @@
+"""Where weights, description and tokenizer come from: a GGUF file or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pyengine.errors import ArgumentError, ModelFileError
+from pyengine.families import family_of, load_spec, spec_from_gguf
+from pyengine.formats import GgufReader, SafetensorsReader, open_gguf, open_safetensors
+from pyengine.jsonfile import read_json_object
+from pyengine.spec import ModelSpec
+from pyengine.tokenizer import ChatTemplate, Tokenizer
+
+MAX_INDEX_BYTES = 64 << 20
+
+Array = npt.NDArray[Any]
+
+
+class WeightSource(Protocol):
+    """What the loader needs of a model on disk. Names are Hugging Face's."""
+
+    path: str
+    spec: ModelSpec
+
+    def matrix_names(self) -> list[str]: ...
+
+    def stored_format(self, name: str) -> str:
+        """"float32", "float16", "bfloat16", or a lower-case GGUF type such as "q4_1"."""
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """Stored bytes as [num_rows, row_bytes], rows in Hugging Face order."""
+
+    def dense(self, name: str) -> Array:
+        """Values as a float array of the weight's shape, rows in Hugging Face order."""
+
+    def tokenizer(self) -> Tokenizer: ...
+
+    def chat_template(self) -> ChatTemplate | None: ...
+
+
+def open_source(path: str | os.PathLike[str]) -> WeightSource:
+    """Open a .gguf file or a folder with config.json. Raises ModelFileError."""
+    place = Path(path)
+    if place.is_dir():
+        return FolderSource(place)
+    return GgufSource(place)
+
+
+def _matrix_names(spec: ModelSpec) -> list[str]:
+    return [name for name, shape in spec.tensor_shapes().items() if len(shape) == 2]
+
+
+def _check_shape(path: str, name: str, got: tuple[int, ...], spec: ModelSpec) -> None:
+    expected = spec.tensor_shapes()[name]
+    if got != expected:
+        raise ModelFileError(path, None, name, f"expected shape {expected}, got {got}")
+
+
+class GgufSource:
+    """One GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self._file: GgufReader = open_gguf(path)
+        self._metadata = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._file.metadata.items()}
+        rope_freqs = self._file.dequantize("rope_freqs.weight") if "rope_freqs.weight" in self._file else None
+        try:
+            self.spec = spec_from_gguf(self._metadata, list(self._file), rope_freqs=rope_freqs)
+        except ArgumentError as error:
+            field, _, message = str(error).partition(": ")
+            raise ModelFileError(self.path, None, field, message) from error
+        self._family = family_of(self.spec)
+        self._names = self._family.gguf_tensor_names(self.spec)
+        for name, stored in self._names.items():
+            if stored not in self._file:
+                raise ModelFileError(self.path, None, stored, "expected this tensor, got none of that name")
+            _check_shape(self.path, name, self._file.info(stored).shape, self.spec)
+
+    def matrix_names(self) -> list[str]:
+        return _matrix_names(self.spec)
+
+    def stored_format(self, name: str) -> str:
+        stored = self._file.info(self._names[name]).type.lower()
+        return {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(stored, stored)
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        data = np.frombuffer(self._file.data(self._names[name]), np.uint8)
+        return self._ordered(name, data.reshape(self.spec.tensor_shapes()[name][0], -1))
+
+    def dense(self, name: str) -> Array:
+        return self._ordered(name, self._file.dequantize(self._names[name]))
+
+    def _ordered(self, name: str, rows: Array) -> Array:
+        order = self._family.gguf_row_order(self.spec, name)
+        return rows if order is None else rows[order]
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_gguf(self._metadata, path=self.path)
+
+    def chat_template(self) -> ChatTemplate | None:
+        if "tokenizer.chat_template" not in self._metadata:
+            return None
+        return ChatTemplate.from_gguf(self._metadata, path=self.path)
+
+
+class FolderSource:
+    """A Hugging Face folder: config.json, tokenizer.json, model.safetensors or its index."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.spec = load_spec(path)
+        self._files: dict[str, SafetensorsReader] = {}
+        self._place: dict[str, SafetensorsReader] = {}
+        for name, file in self._weight_map(path).items():
+            if file not in self._files:
+                self._files[file] = open_safetensors(path / file)
+            self._place[name] = self._files[file]
+        for name in self.spec.tensor_shapes():
+            if name not in self._place or name not in self._place[name]:
+                raise ModelFileError(self.path, None, name, "expected this tensor, got none of that name")
+            _check_shape(self.path, name, self._place[name].info(name).shape, self.spec)
+            self.stored_format(name)
+
+    @staticmethod
+    def _weight_map(path: Path) -> dict[str, str]:
+        single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+        if single.exists() or not index.exists():
+            return dict.fromkeys(open_safetensors(single), "model.safetensors")
+        weight_map = read_json_object(index, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelFileError(str(index), None, "weight_map", "expected an object")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or file != os.path.basename(file):
+                raise ModelFileError(str(index), None, f"weight_map.{name}", f"expected a file name, got {json.dumps(file)}")
+        return weight_map
+
+    def matrix_names(self) -> list[str]:
+        return _matrix_names(self.spec)
+
+    def stored_format(self, name: str) -> str:
+        stored = self._place[name].info(name).dtype
+        known = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        if stored not in known:
+            raise ModelFileError(self.path, None, name, f"expected one of {', '.join(known)}, got {stored}")
+        return known[stored]
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        data = np.frombuffer(self._place[name].data(name), np.uint8)
+        return data.reshape(self.spec.tensor_shapes()[name][0], -1)
+
+    def dense(self, name: str) -> Array:
+        return self._place[name][name].astype(np.float32)
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.path)
+
+    def chat_template(self) -> ChatTemplate | None:
+        folder = Path(self.path)
+        config = folder / "tokenizer_config.json"
+        has_own = config.exists() and "chat_template" in read_json_object(config, max_bytes=MAX_INDEX_BYTES)
+        if not has_own and not (folder / "chat_template.jinja").exists():
+            return None
+        return ChatTemplate.from_folder(self.path)

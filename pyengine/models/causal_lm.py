@@ -1,0 +1,183 @@
+"""`CausalLM`: the decoder that trains, built from a `ModelSpec`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pyengine.errors import ArgumentError
+from pyengine.models.initialize import initialize
+from pyengine.models.packing import pack_positions
+from pyengine.nn import Attention, Embedding, Linear, PackedPositions, RMSNorm, SwiGluMlp
+from pyengine.ops.linear_cross_entropy import linear_cross_entropy
+from pyengine.ops.matmul import matmul
+from pyengine.ops.rope import rope_table
+from pyengine.spec import ModelSpec
+
+IGNORE = -100
+
+
+class DecoderLayer(nn.Module):
+    """Norm, attention, norm, MLP. The sum with the residual stream is left to the norm that comes next."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
+        self.self_attn = Attention(
+            spec.hidden_size,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            sliding_window=spec.sliding_window,
+            dtype=dtype,
+            device=device,
+        )
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
+        self.mlp = SwiGluMlp(spec.hidden_size, spec.intermediate_size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, residual: Tensor | None, packed: PackedPositions) -> tuple[Tensor, Tensor]:
+        """x and residual [num_tokens, hidden_size] -> (output of the MLP, residual stream before it)."""
+        y, h = self.input_layernorm(x, residual)
+        y, h = self.post_attention_layernorm(self.self_attn(y, packed), h)
+        return self.mlp(y), h
+
+
+class Decoder(nn.Module):
+    """Token ids to normalised hidden states."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.recompute = False
+        self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(DecoderLayer(spec, dtype, device) for _ in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
+
+    def forward(self, input_ids: Tensor, packed: PackedPositions) -> Tensor:
+        """input_ids [num_tokens] -> [num_tokens, hidden_size]."""
+        x, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x, residual = checkpoint(layer, x, residual, packed, use_reentrant=False)
+            else:
+                x, residual = layer(x, residual, packed)
+        return self.norm(x, residual)[0]  # type: ignore[no-any-return]
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model. `state_dict()` has the names and shapes of `spec.tensor_shapes()`.
+
+    Args:
+        spec: the architecture.
+        dtype: of parameters and activations: float32 or bfloat16.
+        device: of the parameters. On "meta" they have no values.
+        seed: of the initial weights, see `initialize`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ArgumentError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+        self.spec = spec
+        self.model = Decoder(spec, dtype, device)
+        if not spec.tie_word_embeddings:
+            self.lm_head = Linear(spec.hidden_size, spec.vocab_size, dtype=dtype, device=device)
+        self._rope: tuple[Tensor, Tensor] | None = None
+        if self.model.norm.weight.device.type != "meta":
+            initialize(self, seed=seed, num_layers=spec.num_layers)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> CausalLM:
+        """See `pyengine.models.from_pretrained`."""
+        from pyengine.models.pretrained import from_pretrained
+
+        return from_pretrained(path, dtype=dtype)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """See `pyengine.models.save_pretrained`."""
+        from pyengine.models.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether backward computes the activations of each layer again instead of keeping them. Same bits."""
+        return self.model.recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        self.model.recompute = value
+
+    @property
+    def output_weight(self) -> nn.Parameter:
+        """[vocab_size, hidden_size], the weight of the logits: the embedding where it is tied."""
+        return self.model.embed_tokens.weight if self.spec.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        segment_offsets: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Logits, or with `targets` the negative log-likelihood of each. A segment is computed as if it were alone.
+
+        Args:
+            input_ids: [T] or [B, T] integers in [0, vocab_size).
+            position_ids: as input_ids; by default from 0 in each segment.
+            segment_offsets: [num_segments + 1] int32 into the flattened tokens, from 0 to their number; by default each
+                row of input_ids is a segment.
+            targets: as input_ids; `IGNORE` where nothing is to be predicted.
+
+        Returns:
+            float32 logits [*input_ids.shape, vocab_size], or nats [*input_ids.shape], 0 where ignored.
+
+        Raises:
+            ArgumentError: shapes or values that do not fit.
+        """
+        self._check_ids("input_ids", input_ids, allow_ignore=False)
+        if input_ids.dim() not in (1, 2):
+            raise ArgumentError(f"input_ids: expected shape [T] or [B, T], got {tuple(input_ids.shape)}")
+        positions, offsets = pack_positions(
+            input_ids.shape, position_ids, segment_offsets, self.spec.max_position_embeddings, input_ids.device
+        )
+        num_positions = int(positions.max()) + 1 if positions.numel() else 1
+        cos, sin = self._rope_table(num_positions, input_ids.device)
+        hidden = self.model(input_ids.reshape(-1), PackedPositions(positions, offsets, cos, sin))
+        if targets is None:
+            logits = matmul(hidden, self.output_weight, out_dtype=torch.float32)
+            return logits.unflatten(0, input_ids.shape)
+        if targets.shape != input_ids.shape:
+            raise ArgumentError(f"targets: expected shape {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
+        self._check_ids("targets", targets, allow_ignore=True)
+        nll = linear_cross_entropy(hidden, self.output_weight, targets.reshape(-1), ignore_index=IGNORE)
+        return nll.unflatten(0, input_ids.shape)
+
+    def _check_ids(self, name: str, ids: Tensor, *, allow_ignore: bool) -> None:
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise ArgumentError(f"{name}: expected torch.int32 or torch.int64, got {ids.dtype}")
+        if ids.device.type == "meta" or not ids.numel():
+            return
+        wrong = (ids < 0) | (ids >= self.spec.vocab_size)
+        if allow_ignore:
+            wrong &= ids != IGNORE
+        if bool(wrong.any()):
+            expected = f"0 to {self.spec.vocab_size - 1}" + (f" or {IGNORE}" if allow_ignore else "")
+            raise ArgumentError(f"{name}: expected ids {expected}, got {int(ids[wrong][0])}")
+
+    def _rope_table(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A row of the table depends on its position alone, so growing the table changes no result."""
+        if self._rope is None or len(self._rope[0]) < num_positions or self._rope[0].device != device:
+            size = min(1 << (num_positions - 1).bit_length(), self.spec.max_position_embeddings)
+            cos, sin = rope_table(torch.from_numpy(self.spec.inv_freq()), size)
+            self._rope = cos.to(device), sin.to(device)
+        return self._rope

@@ -1,0 +1,140 @@
+"""Models from and to disk: Hugging Face folders in and out, GGUF files in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyengine.errors import ArgumentError, ModelFileError
+from pyengine.families import config_from_spec, family_of, load_spec, spec_from_gguf
+from pyengine.formats import GgufReader, SafetensorsReader, open_gguf, open_safetensors, write_safetensors
+from pyengine.formats.atomic import atomic_write
+from pyengine.jsonfile import read_json_object
+from pyengine.models.causal_lm import CausalLM
+from pyengine.models.tensors import from_numpy, to_numpy
+from pyengine.spec import ModelSpec
+
+SAFETENSORS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20
+
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_LM_HEAD = "lm_head.weight"
+
+
+def from_pretrained(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """The model in a Hugging Face folder (config.json and safetensors) or in a GGUF file, whose weights are dequantised.
+
+    Args:
+        path: the folder or file.
+        dtype: of the parameters, float32 or bfloat16; weights stored otherwise are rounded once.
+
+    Raises:
+        ModelFileError: a file is missing or damaged, or its tensors are not those of the model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        spec = load_spec(path)
+        tensors = _read_folder(path, spec, dtype)
+    else:
+        reader = open_gguf(path)
+        spec = _gguf_spec(reader)
+        tensors = _read_gguf(reader, spec, dtype)
+    model = CausalLM(spec, dtype=dtype, device="meta")
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
+    return model.requires_grad_()
+
+
+def save_pretrained(model: CausalLM, folder: str | os.PathLike[str]) -> None:
+    """Write config.json and model.safetensors, which transformers and `from_pretrained` load to the same logits.
+
+    Each file appears whole or not at all; weights keep their dtype.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: to_numpy(tensor) for name, tensor in model.state_dict().items()}
+    write_safetensors(folder / SAFETENSORS_NAME, tensors, metadata={"format": "pt"})
+    with atomic_write(folder / "config.json") as file:
+        file.write(config_json(model))
+
+
+def config_json(model: CausalLM) -> bytes:
+    """The content of a config.json for `model`."""
+    import json
+
+    dtype = _DTYPE_NAMES[model.output_weight.dtype]
+    # Older readers know only torch_dtype.
+    config = config_from_spec(model.spec) | {"dtype": dtype, "torch_dtype": dtype}
+    return json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _read_folder(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    files = _open_files(folder)
+    where = {name: file for file in files for name in file}
+    expected = spec.tensor_shapes()
+    for name, shape in expected.items():
+        if name not in where:
+            raise ModelFileError(str(folder), None, name, "expected this tensor, got none")
+        array = where[name][name]
+        if array.shape != shape:
+            raise ModelFileError(where[name].path, None, name, f"expected shape {shape}, got {array.shape}")
+        yield name, _as_parameter(where[name].path, name, array, dtype)
+    for name in sorted(where.keys() - expected.keys()):
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name == _LM_HEAD and _same_bytes(where, _LM_HEAD, "model.embed_tokens.weight"):
+            continue
+        raise ModelFileError(where[name].path, None, name, "expected only tensors of the model, got this one")
+
+
+def _open_files(folder: Path) -> list[SafetensorsReader]:
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        return [open_safetensors(folder / SAFETENSORS_NAME)]
+    weight_map = read_json_object(index_path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelFileError(str(index_path), None, "weight_map", "expected an object of tensor names and file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelFileError(str(index_path), None, "weight_map", f"expected file names in the folder, got {name!r}")
+    return [open_safetensors(folder / name) for name in names]
+
+
+def _same_bytes(where: Mapping[str, SafetensorsReader], name: str, other: str) -> bool:
+    return name in where and other in where and where[name].data(name) == where[other].data(other)
+
+
+def _gguf_spec(reader: GgufReader) -> ModelSpec:
+    rope_freqs = reader.dequantize("rope_freqs.weight") if "rope_freqs.weight" in reader else None
+    try:
+        return spec_from_gguf(reader.metadata, set(reader), rope_freqs=rope_freqs)
+    except ArgumentError as error:
+        field, _, message = str(error).partition(": ")
+        raise ModelFileError(reader.path, None, field, message) from error
+
+
+def _read_gguf(reader: GgufReader, spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    family = family_of(spec)
+    names = family.gguf_tensor_names(spec)
+    for name, shape in spec.tensor_shapes().items():
+        gguf_name = names[name]
+        if gguf_name not in reader:
+            raise ModelFileError(reader.path, None, gguf_name, "expected this tensor, got none")
+        if reader.info(gguf_name).shape != shape:
+            got = reader.info(gguf_name).shape
+            raise ModelFileError(reader.path, None, gguf_name, f"expected shape {shape}, got {got}")
+        values = reader.dequantize(gguf_name)
+        rows = family.gguf_row_order(spec, name)
+        yield name, from_numpy(values if rows is None else values[rows], dtype)
+
+
+def _as_parameter(path: str, name: str, array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    if array.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+        raise ModelFileError(path, None, name, f"expected a float dtype, got {array.dtype}")
+    return from_numpy(array, dtype)

@@ -1,0 +1,9 @@
+"""Torch modules over the native ops. Parameter names are those of Hugging Face, so `state_dict()` keys equal theirs."""
+
+from pyengine.nn.attention import Attention, PackedPositions
+from pyengine.nn.embedding import Embedding
+from pyengine.nn.linear import Linear
+from pyengine.nn.mlp import SwiGluMlp
+from pyengine.nn.rms_norm import RMSNorm
+
+__all__ = ["Attention", "Embedding", "Linear", "PackedPositions", "RMSNorm", "SwiGluMlp"]

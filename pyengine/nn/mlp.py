@@ -1,0 +1,30 @@
+"""The gated feed-forward block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyengine.nn.linear import Linear
+from pyengine.ops.swiglu import swiglu
+
+
+class SwiGluMlp(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)). Shazeer 2020, arXiv:2002.05202."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size, dtype=dtype, device=device)
+        self.up_proj = Linear(hidden_size, intermediate_size, dtype=dtype, device=device)
+        self.down_proj = Linear(intermediate_size, hidden_size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [num_tokens, hidden_size] -> the same shape."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]

@@ -1,0 +1,33 @@
+"""RMS normalisation with a learned scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyengine.ops.rms_norm import rms_norm, rms_norm_residual
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x**2) + eps) * weight over the last dimension. weight [hidden_size] starts at 1."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        eps: float,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(normalised h, h) with h = x + residual, or h = x where there is no residual. x [..., hidden_size]."""
+        if residual is None:
+            return rms_norm(x, self.weight, eps=self.eps), x
+        return rms_norm_residual(x, residual, self.weight, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.weight.shape[0]}, eps={self.eps}"

@@ -1,0 +1,16 @@
+"""The specification of swiglu. Contract: csrc/include/pe/swiglu.h."""
+
+import torch
+from torch import Tensor
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, computed in at least float32."""
+    acc = torch.promote_types(gate.dtype, torch.float32)
+    g = gate.to(acc)
+    return (g * torch.sigmoid(g) * up.to(acc)).to(gate.dtype)
+
+
+def swiglu_gate_up(gate_up: Tensor) -> Tensor:
+    """swiglu of the two halves of the last dimension."""
+    return swiglu(*gate_up.chunk(2, -1))

@@ -1,0 +1,281 @@
+"""`ModelSpec`: the one description of a model. The module that trains and the plan that serves are built from it.
+
+H query heads, K kv heads, D head_dim, C hidden_size, F intermediate_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyengine.errors import ArgumentError
+
+MAX_VOCAB_SIZE = 1 << 24
+MAX_HIDDEN_SIZE = 1 << 17
+MAX_INTERMEDIATE_SIZE = 1 << 20
+MAX_NUM_LAYERS = 1024
+MAX_NUM_HEADS = 2048
+MAX_HEAD_DIM = 1024
+MAX_POSITIONS = 1 << 28
+MAX_EOS_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Every frequency divided by `factor` (position interpolation)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_float(self, "rope.scaling.factor", "factor", low=1.0, high=1e6)
+
+    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return inv_freq / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Low frequencies divided by `factor`, high ones kept, a linear blend between (Llama 3.1)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        _check_float(self, "rope.scaling.factor", "factor", low=1.0, high=1e6)
+        _check_float(self, "rope.scaling.low_freq_factor", "low_freq_factor", low=1e-6, high=1e6)
+        _check_float(self, "rope.scaling.high_freq_factor", "high_freq_factor", low=1e-6, high=1e6)
+        name = "rope.scaling.original_max_position_embeddings"
+        _check_int(self, name, "original_max_position_embeddings", low=1, high=MAX_POSITIONS)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ArgumentError(
+                f"rope.scaling.high_freq_factor: expected more than low_freq_factor = {self.low_freq_factor}, "
+                f"got {self.high_freq_factor}"
+            )
+
+    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        # How many periods of each frequency fit into the context that the model was pretrained on.
+        num_periods = self.original_max_position_embeddings * inv_freq / (2.0 * math.pi)
+        blend = (num_periods - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0)
+        return inv_freq * (blend + (1.0 - blend) / self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorScaling:
+    """One divisor per frequency, as a GGUF file stores them in `rope_freqs.weight` [D/2]."""
+
+    factors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factors, tuple):
+            raise ArgumentError(f"rope.scaling.factors: expected a tuple, got {type(self.factors).__name__}")
+        for index, factor in enumerate(self.factors):
+            if not isinstance(factor, float) or not 1e-6 <= factor <= 1e6:
+                raise ArgumentError(
+                    f"rope.scaling.factors[{index}]: expected a float in [1e-06, 1e+06], got {factor!r}"
+                )
+
+    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return inv_freq / np.asarray(self.factors, dtype=np.float64)
+
+
+RopeScaling = LinearScaling | Llama3Scaling | FactorScaling
+_SCALINGS: dict[str, type[RopeScaling]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "factors": FactorScaling}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary position embedding: pair i of a head turns by position * theta^(-2i/D), after `scaling`."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        _check_float(self, "rope.theta", "theta", low=1.0, high=1e12)
+        if self.scaling is not None and not isinstance(self.scaling, tuple(_SCALINGS.values())):
+            raise ArgumentError(f"rope.scaling: expected None or a scaling dataclass, got {self.scaling!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A decoder with RMS norm, rotary attention with grouped kv heads and a SwiGLU MLP.
+
+    Every field is checked; ArgumentError names the field, what was expected and what came.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope: RopeSpec
+    tie_word_embeddings: bool
+    sliding_window: int | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.family, str) or not self.family.isidentifier():
+            raise ArgumentError(f"family: expected an identifier, got {self.family!r}")
+        for name, high in (
+            ("vocab_size", MAX_VOCAB_SIZE),
+            ("hidden_size", MAX_HIDDEN_SIZE),
+            ("intermediate_size", MAX_INTERMEDIATE_SIZE),
+            ("num_layers", MAX_NUM_LAYERS),
+            ("num_heads", MAX_NUM_HEADS),
+            ("num_kv_heads", MAX_NUM_HEADS),
+            ("head_dim", MAX_HEAD_DIM),
+            ("max_position_embeddings", MAX_POSITIONS),
+        ):
+            _check_int(self, name, name, low=1, high=high)
+        _check_float(self, "norm_eps", "norm_eps", low=0.0, high=1.0)
+        if self.num_heads % self.num_kv_heads:
+            raise ArgumentError(
+                f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, got {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ArgumentError(f"head_dim: expected an even number, got {self.head_dim}")
+        if not isinstance(self.rope, RopeSpec):
+            raise ArgumentError(f"rope: expected a RopeSpec, got {type(self.rope).__name__}")
+        if isinstance(self.rope.scaling, FactorScaling) and len(self.rope.scaling.factors) != self.head_dim // 2:
+            raise ArgumentError(
+                f"rope.scaling.factors: expected head_dim / 2 = {self.head_dim // 2} factors, "
+                f"got {len(self.rope.scaling.factors)}"
+            )
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ArgumentError(f"tie_word_embeddings: expected a bool, got {self.tie_word_embeddings!r}")
+        if self.sliding_window is not None:
+            _check_int(self, "sliding_window", "sliding_window", low=1, high=MAX_POSITIONS)
+        for name in ("bos_token_id", "pad_token_id"):
+            if getattr(self, name) is not None:
+                _check_int(self, name, name, low=0, high=self.vocab_size - 1)
+        if not isinstance(self.eos_token_ids, tuple) or len(self.eos_token_ids) > MAX_EOS_TOKENS:
+            raise ArgumentError(
+                f"eos_token_ids: expected a tuple of at most {MAX_EOS_TOKENS} ids, got {self.eos_token_ids!r:.80}"
+            )
+        for index, token_id in enumerate(self.eos_token_ids):
+            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+                raise ArgumentError(
+                    f"eos_token_ids[{index}]: expected an int in [0, {self.vocab_size - 1}], got {token_id!r}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold. `from_dict` gives back an equal spec."""
+        result: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        result["eos_token_ids"] = list(self.eos_token_ids)
+        result["rope"] = {"theta": self.rope.theta, "scaling": _scaling_to_dict(self.rope.scaling)}
+        return result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """Inverse of `to_dict`. A missing or unknown key is an ArgumentError."""
+        arguments = _take(values, "spec", {field.name for field in fields(cls)})
+        rope = _take(_mapping(arguments["rope"], "rope"), "rope", {"theta", "scaling"})
+        arguments["rope"] = RopeSpec(theta=rope["theta"], scaling=_scaling_from_dict(rope["scaling"]))
+        if not isinstance(arguments["eos_token_ids"], list | tuple):
+            raise ArgumentError(f"eos_token_ids: expected a list, got {arguments['eos_token_ids']!r:.80}")
+        arguments["eos_token_ids"] = tuple(arguments["eos_token_ids"])
+        return cls(**arguments)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every weight under its Hugging Face name; matrices are [out, in].
+
+        `lm_head.weight` is present only when the embedding is not tied. The order is the order of execution.
+        """
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            shapes |= {
+                prefix + "input_layernorm.weight": (self.hidden_size,),
+                prefix + "self_attn.q_proj.weight": (q_size, self.hidden_size),
+                prefix + "self_attn.k_proj.weight": (kv_size, self.hidden_size),
+                prefix + "self_attn.v_proj.weight": (kv_size, self.hidden_size),
+                prefix + "self_attn.o_proj.weight": (self.hidden_size, q_size),
+                prefix + "post_attention_layernorm.weight": (self.hidden_size,),
+                prefix + "mlp.gate_proj.weight": (self.intermediate_size, self.hidden_size),
+                prefix + "mlp.up_proj.weight": (self.intermediate_size, self.hidden_size),
+                prefix + "mlp.down_proj.weight": (self.hidden_size, self.intermediate_size),
+            }
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def num_parameters(self) -> int:
+        """Number of trainable values; a tied embedding counts once."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+    def inv_freq(self) -> npt.NDArray[np.float64]:
+        """Angle per position of each rotary pair, after scaling: float64 [D/2], radians."""
+        exponent = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
+        inv_freq = np.power(self.rope.theta, -exponent)
+        return inv_freq if self.rope.scaling is None else self.rope.scaling.scale(inv_freq)
+
+
+def _scaling_to_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if isinstance(scaling, FactorScaling):
+        return {"type": "factors", "factors": list(scaling.factors)}
+    name = next(name for name, kind in _SCALINGS.items() if type(scaling) is kind)
+    return {"type": name} | {field.name: getattr(scaling, field.name) for field in fields(scaling)}
+
+
+def _scaling_from_dict(values: Any) -> RopeScaling | None:
+    if values is None:
+        return None
+    values = dict(_mapping(values, "rope.scaling"))
+    name = values.pop("type", None)
+    if not isinstance(name, str) or name not in _SCALINGS:
+        raise ArgumentError(f"rope.scaling.type: expected one of {sorted(_SCALINGS)}, got {name!r}")
+    kind = _SCALINGS[name]
+    arguments = _take(values, "rope.scaling", {field.name for field in fields(kind)})
+    if isinstance(arguments.get("factors"), list):
+        arguments["factors"] = tuple(arguments["factors"])
+    return kind(**arguments)
+
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{name}: expected a mapping, got {type(value).__name__}")
+    return value
+
+
+def _take(values: Mapping[str, Any], name: str, expected: set[str]) -> dict[str, Any]:
+    """A copy of `values`, which must have exactly the expected keys."""
+    values = _mapping(values, name)
+    if missing := sorted(expected - values.keys()):
+        raise ArgumentError(f"{name}: expected the key {missing[0]!r}, got none")
+    if unknown := sorted(str(key) for key in values.keys() - expected):
+        raise ArgumentError(f"{name}: expected only the keys {sorted(expected)}, got {unknown[0]!r:.80}")
+    return dict(values)
+
+
+def _check_int(owner: object, name: str, attribute: str, *, low: int, high: int) -> None:
+    value = getattr(owner, attribute)
+    # bool is an int in Python, never in a model description.
+    if type(value) is not int or not low <= value <= high:
+        raise ArgumentError(f"{name}: expected an int in [{low}, {high}], got {value!r:.80}")
+
+
+def _check_float(owner: object, name: str, attribute: str, *, low: float, high: float) -> None:
+    value = getattr(owner, attribute)
+    if type(value) is int and abs(value) < 1 << 53:
+        value = float(value)
+        object.__setattr__(owner, attribute, value)
+    if type(value) is not float or not low <= value <= high:
+        raise ArgumentError(f"{name}: expected a float in [{low:g}, {high:g}], got {value!r:.80}")

@@ -1,0 +1,1 @@
+"""The mechanism of training: configuration, schedules, the loop, metrics, checkpoints. Stages are in `recipes`."""

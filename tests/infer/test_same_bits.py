@@ -1,0 +1,122 @@
+"""Law 1: the logits of a token depend on the model and on the tokens before it in its own sequence, and on nothing else."""
+
+import numpy as np
+import pytest
+
+from pyengine import LLM, _C
+
+FORMATS = ["float32", "bfloat16", "q8_0", "q4_1", "q4_0"]
+LENGTHS = [1, 2, 17, 64, 65, 130]
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    before = _C.num_threads()
+    yield
+    _C.set_num_threads(before)
+
+
+def sequences(count):
+    rng = np.random.default_rng(7)
+    return [rng.integers(0, 384, LENGTHS[i % len(LENGTHS)]).astype(np.int32) for i in range(count)]
+
+
+def run_batch(llm, batch, chunk):
+    """Logits of every token of every sequence, computed together: each step feeds up to `chunk` tokens of each."""
+    decoder = llm._runner.decoder
+    out = [np.empty((len(ids), llm.spec.vocab_size), np.float32) for ids in batch]
+    seqs = [decoder.add_sequence() for _ in batch]
+    done = [0] * len(batch)
+    while any(d < len(ids) for d, ids in zip(done, batch, strict=True)):
+        tokens, slots, places = [], [], []
+        for i, ids in enumerate(batch):
+            part = ids[done[i] : done[i] + chunk]
+            room = decoder.max_tokens - len(tokens)
+            part = part[:room]
+            if len(part):
+                decoder.grow(seqs[i], len(part))
+                tokens += part.tolist()
+                slots += [seqs[i]] * len(part)
+                places += [(i, done[i] + k) for k in range(len(part))]
+                done[i] += len(part)
+        logits = np.empty((len(tokens), llm.spec.vocab_size), np.float32)
+        rows = np.arange(len(tokens), dtype=np.int32)
+        decoder.step(np.array(tokens, np.int32), np.array(slots, np.int32), rows, logits=logits)
+        for row, (i, position) in enumerate(places):
+            out[i][position] = logits[row]
+    for seq in seqs:
+        decoder.free_sequence(seq)
+    return out
+
+
+def assert_same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert a.tobytes() == b.tobytes(), f"{(a != b).sum()} of {a.size} logits differ, max {np.abs(a - b).max()}"
+
+
+def options(weights, mode):
+    return {"weights": weights, "mode": mode, "max_batch_tokens": 512, "cache_tokens": 8192}
+
+
+CASES = [(weights, "exact") for weights in FORMATS] + [(weights, "fast") for weights in FORMATS if weights[0] == "q"]
+
+
+@pytest.mark.parametrize(("weights", "mode"), CASES)
+def test_batch_chunk_page_and_threads_change_no_bit(tiny, weights, mode):
+    llm = LLM(tiny, threads=1, **options(weights, mode))
+    batch = sequences(33)
+    alone = [run_batch(llm, [ids], chunk=512)[0] for ids in batch]
+    for count in (2, 3, 7, 16, 33):
+        assert_same(run_batch(llm, batch[:count], chunk=64), alone[:count])
+    for chunk in (1, 7, 64):
+        assert_same(run_batch(llm, batch[:6], chunk=chunk), alone[:6])
+    for threads in (2, 3):
+        _C.set_num_threads(threads)
+        assert_same(run_batch(llm, batch[:7], chunk=64), alone[:7])
+    for page_size in (16, 64, 256):
+        other = LLM(tiny, page_size=page_size, **options(weights, mode))
+        assert_same(run_batch(other, batch[:6], chunk=7), alone[:6])
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "q4_1"])
+def test_on_every_isa_level(isa, tiny, weights):
+    llm = LLM(tiny, **options(weights, "exact"))
+    batch = sequences(6)
+    alone = [run_batch(llm, [ids], chunk=512)[0] for ids in batch]
+    assert_same(run_batch(llm, batch, chunk=7), alone)
+
+
+@pytest.mark.parametrize("weights", ["q8_0", "q4_1", "q4_0"])
+def test_isa_levels_agree_within_rounding(tiny, weights):
+    ids = sequences(6)[5]
+    results = []
+    before = _C.active_isa()
+    for level in _C.available_isas():
+        _C.set_active_isa(level)
+        results.append(LLM(tiny, **options(weights, "exact")).logits(ids))
+    _C.set_active_isa(before)
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], rtol=0, atol=1e-4 * np.abs(results[0]).max())
+
+
+@pytest.mark.parametrize(("weights", "mode"), CASES)
+def test_score_gives_the_bits_of_generation(tiny, weights, mode):
+    from pyengine import SamplingParams
+
+    llm = LLM(tiny, **options(weights, mode))
+    prompts = [ids.tolist() for ids in sequences(5)]
+    params = SamplingParams(max_tokens=12, temperature=0.9, seed=3, ignore_eos=True, logprobs=0)
+    completions = llm.generate(prompts, params)
+    scores = llm.score(prompts, [c.token_ids for c in completions])
+    for completion, score in zip(completions, scores, strict=True):
+        assert [t.logprob for t in completion.logprobs] == score.logprobs
+
+
+def test_a_step_with_other_sequences_leaves_no_trace(tiny):
+    """Pages that another sequence filled and freed, NaN included, do not reach a later one."""
+    llm = LLM(tiny, weights="float32", cache_tokens=256)
+    ids = sequences(5)[4]
+    first = llm.logits(ids)
+    for other in sequences(4):
+        llm.logits(other)
+    assert llm.logits(ids).tobytes() == first.tobytes()
