@@ -29,7 +29,7 @@ Rows prepared_rows(const MatmulW4A16& a) {
   return {a.workspace, a.weight.num_cols, a.workspace + a.num_rows * a.weight.num_cols};
 }
 
-// --- one group of weights --------------------------------------------------------------------------------------------
+// --- one group of weights -------------------------------------------------------------------------------------------
 
 // Consecutive codes, as floats.
 template <int count>
@@ -38,7 +38,6 @@ struct CodeRun {
 };
 
 // The codes first ... first + 3: one vector of words.
-
 template <BlockFormat format>
 [[gnu::always_inline]] inline CodeRun<4> decode(const uint8_t* group, int first) {
   if constexpr (format == BlockFormat::q8_0) {
@@ -108,8 +107,7 @@ template <BlockFormat format>
   return sum;
 }
 
-// --- few rows: weights go from the stream to the sums
-// -----------------------------------------------------------------
+// --- few rows: weights go from the stream to the sums ---------------------------------------------------------------
 
 template <BlockFormat format, int num_rows, int num_panels>
 void stream_panels(const MatmulW4A16& a, int64_t row, int64_t panel) {
@@ -127,18 +125,21 @@ void stream_panels(const MatmulW4A16& a, int64_t row, int64_t panel) {
   for (int64_t g = 0; g < num_groups; ++g, group += group_bytes, x += kBlockSize) {
     // Past the last group of a panel come the groups of the panel that takes its place.
     const int64_t skip = g + ahead < num_groups ? 0 : (num_panels - 1) * panel_stride;
-    PE_UNROLL for (int p = 0; p < num_panels; ++p)
-        prefetch<group_bytes>(group + p * panel_stride + ahead * group_bytes + skip);
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) {
+      prefetch<group_bytes>(group + p * panel_stride + ahead * group_bytes + skip);
+    }
     PanelF s[num_rows][num_panels];
     dot_group(PackedGroup<format>{group, panel_stride}, x, rows.x_row_stride, s);
     PE_UNROLL for (int p = 0; p < num_panels; ++p) {
       const Scales scales = load_scales<format>(group + p * panel_stride);
-      PE_UNROLL for (int r = 0; r < num_rows; ++r) total[r][p] =
-          add_group<format>(scales, s[r][p], sum_x + r * num_groups + g, total[r][p]);
+      PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+        total[r][p] = add_group<format>(scales, s[r][p], sum_x + r * num_groups + g, total[r][p]);
+      }
     }
   }
-  PE_UNROLL for (int r = 0; r < num_rows; ++r) PE_UNROLL for (int p = 0; p < num_panels; ++p)
-      store_panel(a, row + r, panel + p, total[r][p]);
+  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) { store_panel(a, row + r, panel + p, total[r][p]); }
+  }
 }
 
 template <BlockFormat format, int num_rows, int num_panels>
@@ -149,8 +150,7 @@ void stream_rows(const MatmulW4A16& a, int64_t row, int64_t panel_begin, int64_t
   for (; panel < panel_end; ++panel) stream_panels<format, num_rows, 1>(a, row, panel);
 }
 
-// --- many rows: each group is decoded once per row block
-// ---------------------------------------------------------------
+// --- many rows: each group is decoded once per row block ------------------------------------------------------------
 
 struct BlockBuffers {
   alignas(64) float codes[kTilePanels][kBlockSize][kPanelRows];
@@ -162,9 +162,11 @@ void block_rows(const BlockBuffers& in, const Scales* scales, const Rows& rows, 
                 int64_t group, float (*total)[kTilePanels][kPanelRows]) {
   PanelF s[num_rows][num_panels];
   dot_group(DecodedGroup{in.codes[0][0]}, rows.x + row * rows.x_row_stride + group * kBlockSize, rows.x_row_stride, s);
-  PE_UNROLL for (int r = 0; r < num_rows; ++r) PE_UNROLL for (int p = 0; p < num_panels; ++p) {
+  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
     const float* sum_x = rows.sum_x + (row + r) * num_groups + group;
-    panel_store(total[r][p], add_group<format>(scales[p], s[r][p], sum_x, panel_load(total[r][p])));
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) {
+      panel_store(total[r][p], add_group<format>(scales[p], s[r][p], sum_x, panel_load(total[r][p])));
+    }
   }
 }
 
