@@ -10,8 +10,7 @@
 namespace pe::PE_ISA {
 namespace {
 
-// --- ranking: (value descending, id ascending) is the descending order of one integer
-// ---------------------------------
+// --- ranking: (value descending, id ascending) is the descending order of one integer --------------------------------
 
 inline uint64_t make_key(float value, int64_t id) {
   const float canonical = value + 0.0f;  // -0 equals +0
@@ -63,8 +62,7 @@ struct Ranking {
   }
 };
 
-// --- weights
-// ----------------------------------------------------------------------------------------------------------
+// --- weights ---------------------------------------------------------------------------------------------------------
 
 // out[i] = exp((in[i] - largest) / temperature); out may be in.
 void make_weights(const float* in_values, float* weights, int64_t n, float largest, float temperature) {
@@ -112,8 +110,7 @@ int64_t draw(const float* weights, int64_t n, double u) {
   return end - 1;
 }
 
-// --- one row
-// ----------------------------------------------------------------------------------------------------------
+// --- one row ---------------------------------------------------------------------------------------------------------
 
 // The weights of the first `count` ranked tokens, into scratch.weights.
 void rank_weights(const Ranking& ranking, int64_t count, float largest, float temperature) {
