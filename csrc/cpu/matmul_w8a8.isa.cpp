@@ -3,6 +3,7 @@
 
 #include "simd/dot_int8.h"
 #include "simd/for_each_vec.h"
+#include "simd/unroll.h"
 
 namespace pe::PE_ISA {
 namespace {
@@ -19,10 +20,8 @@ constexpr int kTileRows = 2, kTilePanels = 1;
 constexpr int64_t kPrefetchBytes = 4096;
 
 template <class T>
-void store_columns(const MatmulW8A8& a, int64_t row, int64_t panel, const Dot16& dots) {
-  int32_t raw[kMatmulW8A8PanelRows];
+void store_columns(const MatmulW8A8& a, int64_t row, int64_t panel, const int32_t* raw) {
   float sums[kMatmulW8A8PanelRows];
-  store_dots(raw, dots);
   const uint32_t offset = 128u * static_cast<uint32_t>(a.x_sum[row]);
   for (int c = 0; c < kMatmulW8A8PanelRows; ++c)
     sums[c] = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(raw[c]) - offset));
@@ -39,29 +38,32 @@ void store_columns(const MatmulW8A8& a, int64_t row, int64_t panel, const Dot16&
 template <int kRows, int kPanels>
 void register_tile(const MatmulW8A8& a, int64_t row, int64_t panel) {
   const int64_t num_steps = matmul_w8a8_num_steps(a.k), panel_bytes = num_steps * 64, full_steps = a.k / 4;
+  const int64_t x_row_stride = a.x_row_stride;
   const uint8_t* packed = a.packed + panel * panel_bytes;
-  const int8_t* x = a.x + row * a.x_row_stride;
+  const int8_t* x = a.x + row * x_row_stride;
   Dot16 dots[kRows][kPanels];
-  for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kPanels; ++p) dots[r][p] = zero_dots();
-  const auto step = [&](int64_t s, auto quad_of) {
+  unroll<kRows>([&](auto r) PE_INLINE { unroll<kPanels>([&](auto p) PE_INLINE { dots[r][p] = zero_dots(); }); });
+  const auto step = [&](int64_t s, auto quad_of) PE_INLINE {
     Line lines[kPanels];
-    for (int p = 0; p < kPanels; ++p) {
+    unroll<kPanels>([&](auto p) PE_INLINE {
       const uint8_t* line = packed + p * panel_bytes + s * 64;
       __builtin_prefetch(line + kPrefetchBytes);
       lines[p] = load_line(line);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const Quad quad = quad_of(x + r * a.x_row_stride + 4 * s);
-      for (int p = 0; p < kPanels; ++p) accumulate(dots[r][p], lines[p], quad);
-    }
+    });
+    unroll<kRows>([&](auto r) PE_INLINE {
+      const Quad quad = quad_of(x + r * x_row_stride + 4 * s);
+      unroll<kPanels>([&](auto p) PE_INLINE { dots[r][p] = accumulate(dots[r][p], lines[p], quad); });
+    });
   };
-  for (int64_t s = 0; s < full_steps; ++s) step(s, [](const int8_t* q) { return load_quad(q); });
-  if (full_steps < num_steps) step(full_steps, [&](const int8_t* q) { return load_quad(q, a.k % 4); });
+  for (int64_t s = 0; s < full_steps; ++s) step(s, [](const int8_t* q) PE_INLINE { return load_quad(q); });
+  if (full_steps < num_steps) step(full_steps, [&](const int8_t* q) PE_INLINE { return load_quad(q, a.k % 4); });
+  int32_t raw[kRows][kPanels][kMatmulW8A8PanelRows];
+  unroll<kRows>([&](auto r)
+                    PE_INLINE { unroll<kPanels>([&](auto p) PE_INLINE { store_dots(raw[r][p], dots[r][p]); }); });
   for (int r = 0; r < kRows; ++r)
     for (int p = 0; p < kPanels; ++p)
-      a.dtype == DType::f32 ? store_columns<float>(a, row + r, panel + p, dots[r][p])
-                            : store_columns<bf16>(a, row + r, panel + p, dots[r][p]);
+      a.dtype == DType::f32 ? store_columns<float>(a, row + r, panel + p, raw[r][p])
+                            : store_columns<bf16>(a, row + r, panel + p, raw[r][p]);
 }
 
 // All rows over kPanels panels, which stay in cache; the last rows in smaller tiles.

@@ -4,11 +4,13 @@
 //   zero_dots()
 //   load_line(p)                   64 bytes: 16 columns x 4 weights, prepared for this level
 //   load_quad(p) load_quad(p, n)   4 (or n, the rest zero) activations, for all columns
-//   accumulate(dots, line, quad)   dots[c] += sum_j line[c][j] * quad[j]
+//   accumulate(dots, line, quad)   dots[c] + sum_j line[c][j] * quad[j]
 //   store_dots(out, dots)          in column order
 #pragma once
 #include <stdint.h>
 #include <string.h>
+
+#include "simd/unroll.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -34,7 +36,7 @@ static inline Dot16 zero_dots() { return {_mm512_setzero_si512()}; }
 static inline Line load_line(const uint8_t* p) { return _mm512_loadu_si512(p); }
 static inline Quad load_quad(const int8_t* p) { return _mm512_set1_epi32(read_quad(p)); }
 static inline Quad load_quad(const int8_t* p, int64_t n) { return _mm512_set1_epi32(read_quad(p, n)); }
-static inline void accumulate(Dot16& d, Line line, Quad quad) { d.sums = _mm512_dpbusd_epi32(d.sums, line, quad); }
+static inline Dot16 accumulate(Dot16 d, Line line, Quad quad) { return {_mm512_dpbusd_epi32(d.sums, line, quad)}; }
 static inline void store_dots(int32_t* out, const Dot16& d) { _mm512_storeu_si512(out, d.sums); }
 
 #elif defined(__AVX512BW__)
@@ -58,9 +60,9 @@ static inline Quad widen_quad(int32_t quad) {
 }
 static inline Quad load_quad(const int8_t* p) { return widen_quad(read_quad(p)); }
 static inline Quad load_quad(const int8_t* p, int64_t n) { return widen_quad(read_quad(p, n)); }
-static inline void accumulate(Dot16& d, const Line& line, Quad quad) {
-  d.low = _mm512_add_epi32(d.low, _mm512_madd_epi16(line.low, quad));
-  d.high = _mm512_add_epi32(d.high, _mm512_madd_epi16(line.high, quad));
+static inline Dot16 accumulate(Dot16 d, Line line, Quad quad) {
+  return {_mm512_add_epi32(d.low, _mm512_madd_epi16(line.low, quad)),
+          _mm512_add_epi32(d.high, _mm512_madd_epi16(line.high, quad))};
 }
 static inline void store_dots(int32_t* out, const Dot16& d) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -85,8 +87,9 @@ static inline Dot16 zero_dots() {
 }
 static inline Line load_line(const uint8_t* p) {
   Line line;
-  for (int i = 0; i < 4; ++i)
+  unroll<4>([&](auto i) PE_INLINE {
     line.quarter[i] = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)));
+  });
   return line;
 }
 static inline Quad widen_quad(int32_t quad) {
@@ -94,8 +97,10 @@ static inline Quad widen_quad(int32_t quad) {
 }
 static inline Quad load_quad(const int8_t* p) { return widen_quad(read_quad(p)); }
 static inline Quad load_quad(const int8_t* p, int64_t n) { return widen_quad(read_quad(p, n)); }
-static inline void accumulate(Dot16& d, const Line& line, Quad quad) {
+static inline Dot16 accumulate(Dot16 d, Line line, Quad quad) {
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) d.quarter[i] = _mm256_add_epi32(d.quarter[i], _mm256_madd_epi16(line.quarter[i], quad));
+  return d;
 }
 static inline void store_dots(int32_t* out, const Dot16& d) {
   for (int i = 0; i < 4; i += 2) {
@@ -124,9 +129,10 @@ static inline Quad load_quad(const int8_t* p, int64_t n) {
   return quad;
 }
 static inline Quad load_quad(const int8_t* p) { return load_quad(p, 4); }
-static inline void accumulate(Dot16& d, Line line, const Quad& quad) {
+static inline Dot16 accumulate(Dot16 d, Line line, const Quad& quad) {
   for (int c = 0; c < 16; ++c)
     for (int j = 0; j < 4; ++j) d.sums[c] += static_cast<uint32_t>(line.bytes[4 * c + j] * quad.v[j]);
+  return d;
 }
 static inline void store_dots(int32_t* out, const Dot16& d) { memcpy(out, d.sums, sizeof d.sums); }
 
