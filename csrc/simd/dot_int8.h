@@ -98,8 +98,8 @@ static inline Quad widen_quad(int32_t quad) {
 static inline Quad load_quad(const int8_t* p) { return widen_quad(read_quad(p)); }
 static inline Quad load_quad(const int8_t* p, int64_t n) { return widen_quad(read_quad(p, n)); }
 static inline Dot16 accumulate(Dot16 d, Line line, Quad quad) {
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) d.quarter[i] = _mm256_add_epi32(d.quarter[i], _mm256_madd_epi16(line.quarter[i], quad));
+  unroll<4>([&](auto i)
+                PE_INLINE { d.quarter[i] = _mm256_add_epi32(d.quarter[i], _mm256_madd_epi16(line.quarter[i], quad)); });
   return d;
 }
 static inline void store_dots(int32_t* out, const Dot16& d) {
