@@ -1,4 +1,4 @@
-"""dev/new_op writes an op that compiles, registers and passes the rule tests; its own tests fail until it is written."""
+"""dev/new_op writes an op that compiles and registers; its rule tests pass, its own tests fail until it is written."""
 
 import shutil
 import subprocess
