@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -321,7 +322,7 @@ class _Demo:
         finally:
             logging.getLogger("pyengine").setLevel(level)
             shutil.rmtree(folder)
-        tokens = [int(b["tokens"]) - int(a["tokens"]) for a, b in zip(entries, entries[1:], strict=False)]
+        tokens = [int(b["tokens"]) - int(a["tokens"]) for a, b in pairwise(entries)]
         speeds = [float(entry["train/tokens_per_second"]) for entry in entries]
         step_seconds = float(np.mean(tokens)) / float(np.median(speeds))
         num_steps = max(MIN_STEPS, int(seconds / step_seconds))

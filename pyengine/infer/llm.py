@@ -40,7 +40,7 @@ class LLM:
         kv_dtype: "auto", "float32" or "bfloat16" keys and values.
         max_batch_tokens: most tokens of one native step.
 
-    Safe to call from several threads, and streams may be interleaved: what runs at the same time shares the native steps.
+    Safe to call from several threads, and streams may be interleaved: what runs at the same time shares native steps.
     """
 
     def __init__(

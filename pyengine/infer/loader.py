@@ -212,10 +212,9 @@ def _target_format(source: WeightSource, name: str, wanted: str) -> str:
                 f"pass weights= one of {', '.join(WEIGHT_FORMATS)} to convert"
             )
         return kept
-    if wanted.startswith("q") and source.spec.tensor_shapes()[name][1] % 32:
-        raise ArgumentError(
-            f"weights: {wanted} needs rows of a multiple of 32 values, got {source.spec.tensor_shapes()[name][1]} in {name}"
-        )
+    num_cols = source.spec.tensor_shapes()[name][1]
+    if wanted.startswith("q") and num_cols % 32:
+        raise ArgumentError(f"weights: {wanted} needs rows of a multiple of 32 values, got {num_cols} in {name}")
     return wanted
 
 
