@@ -87,7 +87,7 @@ def test_yaml_round_trip(tmp_path, steps):
         ("steps: 1\noptim:\n  kind: adam\n", "optim.kind", 3, "expected one of adamw, on, got 'adam'"),
         ("steps: 1\ncompile: yes\n", "compile", 2, "expected true or false, got 'yes'"),
         ("steps: 1\nwindow: 0\n", "window", 2, "expected at least 1, got 0"),
-        ("window: 3\nsteps: 2\n", "window", 1, "expected at most steps = 2, got 3"),
+        ("steps: 2\nwindow: 3\n", "window", 2, "expected at most steps = 2, got 3"),
         ("steps: 1\nsteps: 2\n", "steps", 2, "expected every key once"),
     ],
 )  # fmt: skip
