@@ -1,5 +1,6 @@
 #include "pe/op_name.h"
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -23,7 +24,7 @@ void fwd(const Tensor& x, const Tensor& y) {
       .y_row_stride = y.strides[0],
       .dtype = x.dtype,
   };
-  const py::gil_scoped_release release;
+  const GilRelease release;
   op_name_fwd_cpu(args);
 }
 
@@ -41,7 +42,7 @@ void bwd(const Tensor& grad_y, const Tensor& grad_x) {
       .grad_x_row_stride = grad_x.strides[0],
       .dtype = grad_y.dtype,
   };
-  const py::gil_scoped_release release;
+  const GilRelease release;
   op_name_bwd_cpu(args);
 }
 
