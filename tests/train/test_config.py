@@ -103,7 +103,17 @@ def test_errors_name_key_file_and_line(tmp_path, text, key, line, message):
 
 @pytest.mark.parametrize(
     "text",
-    ["a: &a [1]\nb: *a\n", "- 1\n", "steps: [1\n", "? [a]\n: 1\n", "steps: \x07\n", "a:" * 3, "[" * 500_000, "{a: " * 100_000, "- " * 100_000],
+    [
+        "a: &a [1]\nb: *a\n",
+        "- 1\n",
+        "steps: [1\n",
+        "? [a]\n: 1\n",
+        "steps: \x07\n",
+        "a:" * 3,
+        "[" * 500_000,
+        "{a: " * 100_000,
+        "- " * 100_000,
+    ],
 )
 def test_hostile_yaml_is_a_config_error(tmp_path, text):
     with pytest.raises(ConfigError, match=r"run\.yaml"):
