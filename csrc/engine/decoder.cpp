@@ -404,7 +404,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                                     .v_page_stride = cache_.page_elements(),
                                     .block_table_stride = block_table_stride_,
                                     .sliding_window = c.sliding_window,
-                                    .scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim)),
+                                    // In double, then rounded once, as the training side passes it.
+                                    .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(c.head_dim))),
                                     .dtype = act,
                                     .cache_dtype = cache_.dtype()};
     uint8_t* scratch = scratch_base_ + scratch_bytes_ * static_cast<size_t>(worker.index());
