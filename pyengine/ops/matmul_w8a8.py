@@ -13,7 +13,7 @@ lib.define("matmul_w8a8_pack(Tensor w) -> Tensor")
 lib.define("matmul_w8a8(Tensor x, Tensor x_scale, Tensor packed, Tensor w_scale, ScalarType dtype) -> Tensor")
 
 OP = "matmul_w8a8"
-MAX_K = 2**17
+MAX_K = 1 << 17
 
 
 def _packed_shape(n: int, k: int) -> tuple[int, int, int, int]:
