@@ -35,6 +35,8 @@ def evaluate(text):
                 return value
             case ast.BinOp(left=left, op=ast.LShift(), right=right):
                 return number(left) << number(right)
+            case ast.BinOp(left=left, op=ast.Pow(), right=right):
+                return number(left) ** number(right)
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 return number(left) * number(right)
             case ast.BinOp(left=left, op=ast.Sub(), right=right):

@@ -5,6 +5,7 @@ Timeouts are guards against hanging, a hundred times what a case takes; none is 
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -62,12 +63,22 @@ def run(source, *, prelude="import os\nfrom pyengine import _C\n", folder=None, 
     if folder is not None:  # multiprocessing imports the main module again
         (folder / "main.py").write_text(code)
         arguments = [sys.executable, str(folder / "main.py")]
-    # A child that does not end in time is killed, and the test fails.
-    result = subprocess.run(
-        arguments, env=os.environ | environment, capture_output=True, text=True, timeout=HANG_SECONDS
+    child = subprocess.Popen(
+        arguments,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+    try:
+        stdout, stderr = child.communicate(timeout=HANG_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)  # it and its own children, which may be what hangs
+        child.communicate()
+        pytest.fail(f"no end after {HANG_SECONDS} s")
+    assert child.returncode == 0, stderr
+    return stdout.strip()
 
 
 # --- size of the pool -------------------------------------------------------------------------------------------------
@@ -390,6 +401,18 @@ FORKS = {
         stop.set()
         thread.join()
         check()
+    """,
+    "while_another_thread_makes_the_first_pool": """
+        ready = threading.Event()
+        def first():
+            ready.set()
+            work()
+        thread = threading.Thread(target=first)
+        thread.start()
+        ready.wait()
+        for _ in range(6):
+            wait(in_child(check))
+        thread.join()
     """,
     "child_ends_by_exit": """
         check()

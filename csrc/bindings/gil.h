@@ -4,8 +4,9 @@
 
 namespace pe {
 
-// Like pybind11::gil_scoped_release, but a daemon thread that comes back while the interpreter ends may leave through the
-// destructor: CPython ends such a thread by unwinding its stack, and a noexcept destructor would end the process instead.
+// Like pybind11::gil_scoped_release, but a daemon thread that comes back while the interpreter ends may leave through
+// the destructor: CPython ends such a thread by unwinding its stack, and a noexcept destructor would end the process
+// instead.
 class GilRelease {
  public:
   GilRelease() : state_(PyEval_SaveThread()) {}

@@ -1,5 +1,6 @@
 #include "pe/matmul_w8a8.h"
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -22,7 +23,7 @@ void pack(const Tensor& w, const Tensor& packed) {
   kCheck.contiguous(kCheck.shape(w, "w", {-1, -1}), "w");
   check_packed(packed, w.shape[0], w.shape[1]);
   kCheck.writable(packed, "packed");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   matmul_w8a8_pack_cpu(w.ptr<int8_t>(), w.shape[0], w.shape[1], packed.ptr<uint8_t>());
 }
 
@@ -37,7 +38,7 @@ void matmul(const Tensor& x, const Tensor& x_scale, const Tensor& packed, const 
   check_packed(packed, n, k);
   kCheck.dtype(y, "y", {DType::f32, DType::bf16});
   kCheck.writable(kCheck.rows(y, "y", y.dtype, m, n), "y");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   matmul_w8a8_cpu({.x = x.ptr<int8_t>(),
                    .x_scale = x_scale.ptr<float>(),
                    .x_sum = nullptr,

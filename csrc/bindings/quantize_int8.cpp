@@ -1,5 +1,6 @@
 #include "pe/quantize_int8.h"
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -15,7 +16,7 @@ void quantize(const Tensor& x, const Tensor& q, const Tensor& scale) {
   check.writable(check.rows(q, "q", DType::i8, num_rows, num_cols), "q");
   check.dtype(scale, "scale", {DType::f32});
   check.writable(check.contiguous(check.shape(scale, "scale", {num_rows}), "scale"), "scale");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   quantize_int8_cpu({.x = x.data,
                      .q = q.ptr<int8_t>(),
                      .scale = scale.ptr<float>(),
@@ -35,7 +36,7 @@ void dequantize(const Tensor& q, const Tensor& scale, const Tensor& x) {
   check.contiguous(check.shape(scale, "scale", {num_rows}), "scale");
   check.dtype(x, "x", {DType::f32, DType::bf16});
   check.writable(check.rows(x, "x", x.dtype, num_rows, num_cols), "x");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   dequantize_int8_cpu({.q = q.ptr<int8_t>(),
                        .scale = scale.ptr<float>(),
                        .x = x.data,

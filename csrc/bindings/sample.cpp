@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 #include "runtime/error.h"
 
@@ -85,7 +86,7 @@ void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k
     kCheck.writable(kCheck.contiguous(*top_logprobs, "top_logprobs"), "top_logprobs");
   }
 
-  const py::gil_scoped_release release;
+  const GilRelease release;
   std::vector<SampleRow> rows(static_cast<size_t>(num_rows));
   std::vector<SampleStatus> statuses(static_cast<size_t>(num_rows));
   for (int64_t r = 0; r < num_rows; ++r)

@@ -131,6 +131,9 @@ void forget_pool_in_child() {
   t_inside = false;
 }
 
+// At load, not at first use: a fork while another thread makes the first pool would miss it.
+[[maybe_unused]] const int g_registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
+
 int default_num_threads() {
   if (const char* text = std::getenv("PYENGINE_NUM_THREADS"); text && *text) {
     char* end = nullptr;
@@ -146,8 +149,6 @@ int default_num_threads() {
 void run(const Job& job, int count) {
   const std::lock_guard lock(g_mutex);
   if (!g_pool || g_pool->size() != count) {
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
-    (void)registered;
     delete std::exchange(g_pool, nullptr);
     g_pool = new Pool(count);
   }
