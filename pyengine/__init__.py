@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 
 # public name -> the module that defines it
 _LAZY = {"LLM": "pyengine.infer", "SamplingParams": "pyengine.infer"}
-_LAZY_MODULES = ("data", "evals", "families", "formats", "infer", "models", "nn", "ops", "optim", "recipes", "tokenizer")
+_LAZY_MODULES = (
+    "data",
+    "evals",
+    "families",
+    "formats",
+    "infer",
+    "models",
+    "nn",
+    "ops",
+    "optim",
+    "recipes",
+    "tokenizer",
+)
 
 __all__ = ["LLM", "SamplingParams", "__version__", *_LAZY_MODULES]
 

@@ -3,6 +3,7 @@
 #include <optional>
 #include <vector>
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -63,7 +64,7 @@ void update(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, cons
   check_scalar("eps", eps >= 0, "a number >= 0", eps);
   check_scalar("weight_decay", weight_decay >= 0, "a number >= 0", weight_decay);
   if (step < 1) kCheck.fail("step", "a whole number >= 1", std::to_string(step));
-  const py::gil_scoped_release release;
+  const GilRelease release;
   adamw_cpu({.param = param.data,
              .master = master ? master->ptr<float>() : nullptr,
              .grad = grad.data,
@@ -85,7 +86,7 @@ void update(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, cons
 double sum_of_squares(const Tensor& x) {
   constexpr Check check{"sum_of_squares"};
   check.contiguous(check.dtype(x, "x", {DType::f32, DType::bf16}), "x");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   return sum_of_squares_cpu({.x = x.data, .n = x.numel(), .dtype = x.dtype});
 }
 

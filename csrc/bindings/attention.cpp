@@ -3,6 +3,7 @@
 #include <optional>
 #include <string>
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -88,7 +89,7 @@ void fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& y, con
   const AttentionFwd args = describe(q, k, v, y, lse, scale, causal, segment_offsets, sliding_window);
   kCheck.writable(y, "y");
   if (lse) kCheck.writable(*lse, "lse");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   attention_fwd_cpu(args);
 }
 
@@ -103,7 +104,7 @@ void bwd(const Tensor& grad_y, const Tensor& q, const Tensor& k, const Tensor& v
   kCheck.writable(grad_q, "grad_q");
   kCheck.writable(grad_k, "grad_k");
   kCheck.writable(grad_v, "grad_v");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   attention_bwd_cpu({.fwd = fwd,
                      .grad_y = grad_y.data,
                      .grad_q = grad_q.data,

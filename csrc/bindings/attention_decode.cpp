@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -102,7 +103,7 @@ void decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const
     check.fail("sliding_window", "at least 1 or None", std::to_string(*sliding_window));
   for (int64_t t = 0; t < num_rows; ++t)
     cache.check_row(t, sliding_window ? position.ptr<int32_t>()[t] + 1 - *sliding_window : 0);
-  const py::gil_scoped_release release;
+  const GilRelease release;
   attention_decode_cpu({.q = q.data,
                         .k_pages = k_pages.data,
                         .v_pages = v_pages.data,
@@ -151,7 +152,7 @@ void append(const Tensor& k, const Tensor& v, const Tensor& k_pages, const Tenso
     check.fail("position", "rows that name different slots",
                "slot " + std::to_string(*twice % cache.page_size) + " of page " +
                    std::to_string(*twice / cache.page_size) + " twice");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   kv_append_cpu({.k = k.data,
                  .v = v.data,
                  .k_pages = k_pages.data,

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "bindings/block_weights.h"
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 #include "runtime/checked.h"
 
@@ -41,7 +42,7 @@ void pack(const std::string& format_name, const Tensor& raw, const std::optional
   kCheck.dtype(packed, "packed", {DType::u8});
   kCheck.shape(packed, "packed", {checked_packed_bytes(kCheck, format, num_rows, num_cols)});
   kCheck.writable(kCheck.contiguous(packed, "packed"), "packed");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   block_weights_pack({.raw = raw.ptr<uint8_t>(),
                       .raw_row_bytes = raw.strides[0],
                       .row_order = row_order ? row_order->ptr<int32_t>() : nullptr,
@@ -56,7 +57,7 @@ void unpack(const std::string& format, const Tensor& packed, const Tensor& out) 
   kCheck.shape(out, "out", {-1, -1});
   kCheck.writable(kCheck.contiguous(out, "out"), "out");
   const BlockWeights weights = read_block_weights(kCheck, packed, format, out.shape[0], out.shape[1]);
-  const py::gil_scoped_release release;
+  const GilRelease release;
   for (int64_t row = 0; row < weights.num_rows; ++row)
     block_weights_unpack_row(weights, row, out.ptr<float>() + row * weights.num_cols);
 }

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "bindings/gil.h"
 #include "formats/gguf.h"
 #include "formats/gguf_blocks.h"
 #include "formats/mapped_file.h"
@@ -150,7 +151,7 @@ py::array_t<float> gguf_dequantize(const std::string& type_name, const py::buffe
   py::array_t<float> result(static_cast<py::ssize_t>(num_elements));
   const std::span<float> output(result.mutable_data(), num_elements);
   {
-    const py::gil_scoped_release no_gil;
+    const GilRelease release;
     dequantize_blocks(*type, input, output);
   }
   return result;
@@ -160,7 +161,7 @@ void bind_safetensors(py::module_& m) {
   py::class_<SafetensorsFile>(m, "SafetensorsFile", "A safetensors file, mapped and checked whole.")
       .def(py::init([](const py::object& path) {
              const std::string name = file_system_path(path);
-             const py::gil_scoped_release no_gil;
+             const GilRelease release;
              return std::make_unique<SafetensorsFile>(name);
            }),
            py::arg("path"))
@@ -193,7 +194,7 @@ void bind_gguf(py::module_& m) {
   py::class_<GgufFile>(m, "GgufFile", "A GGUF file, mapped and checked whole.")
       .def(py::init([](const py::object& path) {
              const std::string name = file_system_path(path);
-             const py::gil_scoped_release no_gil;
+             const GilRelease release;
              return std::make_unique<GgufFile>(name);
            }),
            py::arg("path"))

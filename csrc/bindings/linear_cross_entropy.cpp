@@ -2,6 +2,7 @@
 
 #include <optional>
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -30,7 +31,7 @@ void fwd(const Tensor& x, const Tensor& w, const Tensor& targets, const Tensor& 
   check_inputs(x, w, targets);
   kCheck.writable(per_token(nll, "nll", x.shape[0]), "nll");
   kCheck.writable(per_token(lse, "lse", x.shape[0]), "lse");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   linear_cross_entropy_fwd_cpu({.x = x.data,
                                 .w = w.data,
                                 .targets = targets.ptr<int64_t>(),
@@ -52,7 +53,7 @@ void bwd(const Tensor& grad_nll, const Tensor& x, const Tensor& w, const Tensor&
   per_token(lse, "lse", x.shape[0]);
   if (grad_x) kCheck.writable(kCheck.rows(*grad_x, "grad_x", x.dtype, x.shape[0], x.shape[1]), "grad_x");
   if (grad_w) kCheck.writable(kCheck.rows(*grad_w, "grad_w", x.dtype, w.shape[0], w.shape[1]), "grad_w");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   linear_cross_entropy_bwd_cpu({.grad_nll = grad_nll.ptr<float>(),
                                 .x = x.data,
                                 .w = w.data,

@@ -1,5 +1,6 @@
 #include "pe/matmul.h"
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -49,7 +50,7 @@ void unpacked(const Tensor& x, const Tensor& w, const Tensor& y) {
   const MatmulPack pack = packing(w, w.dtype);
   const Matmul args = product(x, y, w.shape[0], w.dtype);
   kCheck.shape(w, "w", {-1, x.shape[1]});
-  const py::gil_scoped_release release;
+  const GilRelease release;
   matmul_unpacked_cpu(args, pack);
 }
 
@@ -60,7 +61,7 @@ void pack(const Tensor& w, const Tensor& packed) {
   kCheck.writable(kCheck.contiguous(packed, "packed"), "packed");
   MatmulPack args = packing(w, packed.dtype);
   args.packed = packed.data;
-  const py::gil_scoped_release release;
+  const GilRelease release;
   matmul_pack_cpu(args);
 }
 
@@ -73,7 +74,7 @@ void packed_product(const Tensor& x, const Tensor& packed, const Tensor& y, bool
   if (accumulate) kCheck.dtype(y, "y", {DType::f32});
   args.packed = packed.data;
   args.accumulate = accumulate;
-  const py::gil_scoped_release release;
+  const GilRelease release;
   matmul_cpu(args);
 }
 

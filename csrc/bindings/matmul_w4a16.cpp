@@ -1,6 +1,7 @@
 #include "pe/matmul_w4a16.h"
 
 #include "bindings/block_weights.h"
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -17,7 +18,7 @@ void matmul(const Tensor& x, const Tensor& packed, const std::string& block_form
   kCheck.unit_stride(kCheck.shape(y, "y", {x.shape[0], -1}), "y");
   kCheck.writable(y, "y");
   const BlockWeights weight = read_block_weights(kCheck, packed, block_format, y.shape[1], x.shape[1]);
-  const py::gil_scoped_release release;
+  const GilRelease release;
   matmul_w4a16_cpu({.x = x.data,
                     .weight = weight,
                     .y = y.data,

@@ -2,6 +2,7 @@
 
 #include <optional>
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -30,7 +31,7 @@ void fwd(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& w
     kCheck.dtype(*rstd, "rstd", {DType::f32});
     kCheck.writable(kCheck.contiguous(kCheck.shape(*rstd, "rstd", {num_rows}), "rstd"), "rstd");
   }
-  const py::gil_scoped_release release;
+  const GilRelease release;
   rms_norm_fwd_cpu({.x = x.data,
                     .residual = residual ? residual->data : nullptr,
                     .weight = weight.data,
@@ -64,7 +65,7 @@ void bwd(const Tensor& grad_y, const std::optional<Tensor>& grad_h_in, const Ten
   kCheck.dtype(grad_weight, "grad_weight", {h.dtype});
   kCheck.writable(kCheck.contiguous(kCheck.shape(grad_weight, "grad_weight", {num_cols}), "grad_weight"),
                   "grad_weight");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   rms_norm_bwd_cpu({.grad_y = grad_y.data,
                     .grad_h_in = grad_h_in ? grad_h_in->data : nullptr,
                     .h = h.data,

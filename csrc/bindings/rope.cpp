@@ -1,5 +1,6 @@
 #include "pe/rope.h"
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -25,7 +26,7 @@ void rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor&
   kCheck.writable(kCheck.unit_stride(kCheck.shape(y, "y", {num_tokens, num_heads, head_dim}), "y"), "y");
   if (x.numel() > 0 && y.data == x.data && (y.strides[0] != x.strides[0] || y.strides[1] != x.strides[1]))
     kCheck.fail("y", "x itself or other memory", "x with other strides");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   rope_cpu({.x = x.data,
             .cos = cos.ptr<float>(),
             .sin = sin.ptr<float>(),
@@ -53,7 +54,7 @@ void table(const Tensor& inv_freq, const Tensor& cos_out, const Tensor& sin_out)
   check.dtype(sin_out, "sin_out", {DType::f32});
   check.shape(sin_out, "sin_out", {cos_out.shape[0], inv_freq.shape[0]});
   check.writable(check.contiguous(sin_out, "sin_out"), "sin_out");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   rope_table(inv_freq.ptr<double>(), inv_freq.shape[0], cos_out.shape[0], cos_out.ptr<float>(), sin_out.ptr<float>());
 }
 

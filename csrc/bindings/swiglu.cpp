@@ -1,5 +1,6 @@
 #include "pe/swiglu.h"
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 
 namespace py = pybind11;
@@ -15,7 +16,7 @@ void fwd(const Tensor& gate, const Tensor& up, const Tensor& y) {
   const int64_t num_rows = gate.shape[0], num_cols = gate.shape[1];
   kCheck.rows(up, "up", gate.dtype, num_rows, num_cols);
   kCheck.writable(kCheck.rows(y, "y", gate.dtype, num_rows, num_cols), "y");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   swiglu_fwd_cpu({.gate = gate.data,
                   .up = up.data,
                   .y = y.data,
@@ -35,7 +36,7 @@ void bwd(const Tensor& grad_y, const Tensor& gate, const Tensor& up, const Tenso
   kCheck.rows(up, "up", gate.dtype, num_rows, num_cols);
   kCheck.writable(kCheck.rows(grad_gate, "grad_gate", gate.dtype, num_rows, num_cols), "grad_gate");
   kCheck.writable(kCheck.rows(grad_up, "grad_up", gate.dtype, num_rows, num_cols), "grad_up");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   swiglu_bwd_cpu({.grad_y = grad_y.data,
                   .gate = gate.data,
                   .up = up.data,

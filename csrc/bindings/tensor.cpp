@@ -98,8 +98,8 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   return api;
 }
 
-std::string take_python_error() {
-  const py::error_already_set error;
+// Class and first line of a Python error.
+std::string one_line(const py::error_already_set& error) {
   std::string text = py::str(error.type().attr("__name__"));
   try {
     text += ": " + std::string(py::str(error.value()));
@@ -107,6 +107,8 @@ std::string take_python_error() {
   }
   return text.substr(0, text.find('\n'));
 }
+
+std::string take_python_error() { return one_line(py::error_already_set()); }
 
 DType dtype_from_buffer(py::handle object, const Py_buffer& view) {
   const char* format = view.format ? view.format : "B";
@@ -245,7 +247,7 @@ Tensor read_tensor(py::handle object) {
     try {
       return from_capsule(object);
     } catch (const py::error_already_set& error) {
-      reject(object, error.what());
+      reject(object, one_line(error));
     }
   }
   reject(object, "it offers neither DLPack nor the buffer protocol");

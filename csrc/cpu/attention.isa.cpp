@@ -60,7 +60,8 @@ struct Visible {
   // The queries that see the key at `position`.
   static Visible queries_of(const AttentionFwd& a, int64_t num_tokens, int64_t position) {
     if (!a.causal) return {0, num_tokens};
-    return {position, a.sliding_window > 0 ? min_of(position + a.sliding_window, num_tokens) : num_tokens};
+    const int64_t left = num_tokens - position;
+    return {position, position + (a.sliding_window > 0 ? min_of(a.sliding_window, left) : left)};
   }
 };
 

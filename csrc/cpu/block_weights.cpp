@@ -47,6 +47,7 @@ float read_f16(const uint8_t* p) {
 }  // namespace
 
 void block_weights_pack(const BlockWeightsPack& args) {
+  if (args.num_cols == 0) return;  // no bytes: packed may be null
   constexpr int64_t kBytesPerTask = 256 * 1024;
   const int64_t grain = 1 + kBytesPerTask / std::max<int64_t>(panel_bytes(args.format, args.num_cols), 1);
   parallel_for(num_panels(args.num_rows), grain, [&](int64_t begin, int64_t end) {

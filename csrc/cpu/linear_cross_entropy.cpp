@@ -118,9 +118,7 @@ void linear_cross_entropy_fwd_cpu(const LinearCrossEntropyFwd& args) {
   const LinearCrossEntropyIsa& isa = select(kIsas);
   const int64_t num_tokens = args.num_tokens, num_channels = args.num_channels;
   check_targets(args.targets, num_tokens, args.vocab_size, args.ignore_index);
-  const int64_t cols =
-      part_cols(args.vocab_size, matmul_packed_bytes(kMatmulPanel, args.num_channels, args.dtype) / size(kMatmulPanel),
-                kMatmulScratchBytes);
+  const int64_t cols = part_cols(args.vocab_size, packed_row_bytes(num_channels, args.dtype), kMatmulScratchBytes);
   AlignedBuffer<char> packed(matmul_packed_bytes(std::min(cols, args.vocab_size), num_channels, args.dtype));
   std::vector<LogSumExp> total(size(num_tokens), {-INFINITY, 0.0f});
   std::vector<LogSumExp> blocks(size(cols / kLseBlock * num_tokens));

@@ -17,19 +17,23 @@ constexpr int kTileRows = kWide ? 12 : 6, kTilePanels = kWide ? 2 : 1;
 constexpr int64_t kDirectRows = kWide ? 4 : 2;
 // Running totals of a row block and two panels take 12 KB of L1.
 constexpr int64_t kRowBlock = 96;
+constexpr int kHalf = kBlockSize / 2;
 
 struct Rows {
   const float* x;
   int64_t x_row_stride;
   const float* sum_x;  // [M, K/32], q4_1 only
+  int64_t num_groups;
 };
 
 Rows prepared_rows(const MatmulW4A16& a) {
-  if (a.x_dtype == DType::f32) return {static_cast<const float*>(a.x), a.x_row_stride, a.workspace};
-  return {a.workspace, a.weight.num_cols, a.workspace + a.num_rows * a.weight.num_cols};
+  const int64_t num_groups = a.weight.num_cols / kBlockSize;
+  if (a.x_dtype == DType::f32) return {static_cast<const float*>(a.x), a.x_row_stride, a.workspace, num_groups};
+  const float* copy = a.workspace;
+  return {copy, a.weight.num_cols, copy + a.num_rows * a.weight.num_cols, num_groups};
 }
 
-// --- one group of weights --------------------------------------------------------------------------------------------
+// --- one group of weights -------------------------------------------------------------------------------------------
 
 // Consecutive codes, as floats.
 template <int count>
@@ -37,16 +41,15 @@ struct CodeRun {
   PanelF code[count];
 };
 
-// The codes first ... first + 3: one vector of words.
-
-template <BlockFormat format>
-[[gnu::always_inline]] inline CodeRun<4> decode(const uint8_t* group, int first) {
+// The codes k ... k + 3, which are one vector of words. Half 0 of a group is its k below 16, half 1 the others.
+template <BlockFormat format, int half>
+[[gnu::always_inline]] inline CodeRun<4> decode(const uint8_t* group, int k) {
   if constexpr (format == BlockFormat::q8_0) {
-    const Codes codes = load_codes(group + first * kPanelRows);
+    const Codes codes = load_codes(group + k * kPanelRows);
     return {{byte<0>(codes), byte<1>(codes), byte<2>(codes), byte<3>(codes)}};
   } else {
-    const Codes codes = shift_right(load_codes(group + first % 16 * kPanelRows), first < 16 ? 0 : 4);
-    return {{nibble<0>(codes), nibble<2>(codes), nibble<4>(codes), nibble<6>(codes)}};
+    const Codes codes = load_codes(group + (k - kHalf * half) * kPanelRows);
+    return {{nibble<half>(codes), nibble<half + 2>(codes), nibble<half + 4>(codes), nibble<half + 6>(codes)}};
   }
 }
 
@@ -55,14 +58,16 @@ struct PackedGroup {
   const uint8_t* first;  // of the first panel
   int64_t panel_stride;
   static constexpr int kRun = 4;
+  template <int half>
   [[gnu::always_inline]] CodeRun<kRun> codes(int panel, int k) const {
-    return decode<format>(first + panel * panel_stride, k);
+    return decode<format, half>(first + panel * panel_stride, k);
   }
 };
 
 struct DecodedGroup {
   const float* first;             // [panel][k][16]
   static constexpr int kRun = 1;  // no more: the sums need the registers
+  template <int half>
   [[gnu::always_inline]] CodeRun<kRun> codes(int panel, int k) const {
     return {{panel_load(first + (panel * kBlockSize + k) * kPanelRows)}};
   }
@@ -81,16 +86,13 @@ template <BlockFormat format>
   return scales;
 }
 
-// Sums of one group: the only place where codes meet activations.
-template <int num_rows, int num_panels, class Group>
-[[gnu::always_inline]] inline void dot_group(const Group& group, const float* x, int64_t x_row_stride,
-                                             PanelF (&s)[num_rows][num_panels]) {
-  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
-    PE_UNROLL for (int p = 0; p < num_panels; ++p) s[r][p] = panel_set1(0.0f);
-  }
-  for (int k = 0; k < kBlockSize; k += Group::kRun) {
+// The only place where codes meet activations: k ascending, whatever the number of rows and panels.
+template <int half, int num_rows, int num_panels, class Group>
+[[gnu::always_inline]] inline void add_half(const Group& group, const float* x, int64_t x_row_stride,
+                                            PanelF (&s)[num_rows][num_panels]) {
+  for (int k = kHalf * half; k < kHalf * (half + 1); k += Group::kRun) {
     CodeRun<Group::kRun> run[num_panels];
-    PE_UNROLL for (int p = 0; p < num_panels; ++p) run[p] = group.codes(p, k);
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) run[p] = group.template codes<half>(p, k);
     PE_UNROLL for (int i = 0; i < Group::kRun; ++i) {
       PE_UNROLL for (int r = 0; r < num_rows; ++r) {
         const PanelF value = panel_set1(x[r * x_row_stride + k + i]);
@@ -100,26 +102,36 @@ template <int num_rows, int num_panels, class Group>
   }
 }
 
-template <BlockFormat format>
-[[gnu::always_inline]] inline PanelF add_group(const Scales& scales, const PanelF& s, const float* sum_x,
-                                               const PanelF& total) {
-  const PanelF sum = fma(scales.d, s, total);
-  if constexpr (format == BlockFormat::q4_1) return fma(scales.m, panel_set1(*sum_x), sum);
-  return sum;
+template <int num_rows, int num_panels, class Group>
+[[gnu::always_inline]] inline void dot_group(const Group& group, const float* x, int64_t x_row_stride,
+                                             PanelF (&s)[num_rows][num_panels]) {
+  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) s[r][p] = panel_set1(0.0f);
+  }
+  add_half<0>(group, x, x_row_stride, s);
+  add_half<1>(group, x, x_row_stride, s);
 }
 
-// --- few rows: weights go from the stream to the sums
-// -----------------------------------------------------------------
+// total of a row with group g added, whose codes gave s.
+template <BlockFormat format>
+[[gnu::always_inline]] inline PanelF add_group(const Scales& scales, const PanelF& s, const Rows& rows, int64_t row,
+                                               int64_t g, const PanelF& total) {
+  const PanelF next = fma(scales.d, s, total);
+  if constexpr (format == BlockFormat::q4_1)
+    return fma(scales.m, panel_set1(rows.sum_x[row * rows.num_groups + g]), next);
+  return next;
+}
+
+// --- few rows: weights go from the stream to the sums ---------------------------------------------------------------
 
 template <BlockFormat format, int num_rows, int num_panels>
 void stream_panels(const MatmulW4A16& a, int64_t row, int64_t panel) {
   constexpr int64_t group_bytes = packed_group_bytes(format);
   constexpr int64_t ahead = (kPrefetchBytes + num_panels * group_bytes - 1) / (num_panels * group_bytes);
   const Rows rows = prepared_rows(a);
-  const int64_t num_groups = a.weight.num_cols / kBlockSize, panel_stride = num_groups * group_bytes;
+  const int64_t num_groups = rows.num_groups, panel_stride = num_groups * group_bytes;
   const uint8_t* group = a.weight.packed + panel * panel_stride;
   const float* x = rows.x + row * rows.x_row_stride;
-  const float* sum_x = rows.sum_x + row * num_groups;
   PanelF total[num_rows][num_panels];
   PE_UNROLL for (int r = 0; r < num_rows; ++r) {
     PE_UNROLL for (int p = 0; p < num_panels; ++p) total[r][p] = panel_set1(0.0f);
@@ -127,18 +139,21 @@ void stream_panels(const MatmulW4A16& a, int64_t row, int64_t panel) {
   for (int64_t g = 0; g < num_groups; ++g, group += group_bytes, x += kBlockSize) {
     // Past the last group of a panel come the groups of the panel that takes its place.
     const int64_t skip = g + ahead < num_groups ? 0 : (num_panels - 1) * panel_stride;
-    PE_UNROLL for (int p = 0; p < num_panels; ++p)
-        prefetch<group_bytes>(group + p * panel_stride + ahead * group_bytes + skip);
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) {
+      prefetch<group_bytes>(group + p * panel_stride + ahead * group_bytes + skip);
+    }
     PanelF s[num_rows][num_panels];
     dot_group(PackedGroup<format>{group, panel_stride}, x, rows.x_row_stride, s);
     PE_UNROLL for (int p = 0; p < num_panels; ++p) {
       const Scales scales = load_scales<format>(group + p * panel_stride);
-      PE_UNROLL for (int r = 0; r < num_rows; ++r) total[r][p] =
-          add_group<format>(scales, s[r][p], sum_x + r * num_groups + g, total[r][p]);
+      PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+        total[r][p] = add_group<format>(scales, s[r][p], rows, row + r, g, total[r][p]);
+      }
     }
   }
-  PE_UNROLL for (int r = 0; r < num_rows; ++r) PE_UNROLL for (int p = 0; p < num_panels; ++p)
-      store_panel(a, row + r, panel + p, total[r][p]);
+  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) { store_panel(a, row + r, panel + p, total[r][p]); }
+  }
 }
 
 template <BlockFormat format, int num_rows, int num_panels>
@@ -149,22 +164,30 @@ void stream_rows(const MatmulW4A16& a, int64_t row, int64_t panel_begin, int64_t
   for (; panel < panel_end; ++panel) stream_panels<format, num_rows, 1>(a, row, panel);
 }
 
-// --- many rows: each group is decoded once per row block
-// ---------------------------------------------------------------
+// --- many rows: each group is decoded once per row block ------------------------------------------------------------
 
 struct BlockBuffers {
   alignas(64) float codes[kTilePanels][kBlockSize][kPanelRows];
   alignas(64) float total[kRowBlock][kTilePanels][kPanelRows];
 };
 
+template <BlockFormat format, int half>
+[[gnu::always_inline]] inline void decode_half(const uint8_t* group, float (&codes)[kBlockSize][kPanelRows]) {
+  for (int k = kHalf * half; k < kHalf * (half + 1); k += 4) {
+    const CodeRun<4> run = decode<format, half>(group, k);
+    PE_UNROLL for (int i = 0; i < 4; ++i) panel_store(codes[k + i], run.code[i]);
+  }
+}
+
 template <BlockFormat format, int num_rows, int num_panels>
-void block_rows(const BlockBuffers& in, const Scales* scales, const Rows& rows, int64_t num_groups, int64_t row,
-                int64_t group, float (*total)[kTilePanels][kPanelRows]) {
+void block_rows(const BlockBuffers& in, const Scales* scales, const Rows& rows, int64_t row, int64_t group,
+                float (*total)[kTilePanels][kPanelRows]) {
   PanelF s[num_rows][num_panels];
   dot_group(DecodedGroup{in.codes[0][0]}, rows.x + row * rows.x_row_stride + group * kBlockSize, rows.x_row_stride, s);
-  PE_UNROLL for (int r = 0; r < num_rows; ++r) PE_UNROLL for (int p = 0; p < num_panels; ++p) {
-    const float* sum_x = rows.sum_x + (row + r) * num_groups + group;
-    panel_store(total[r][p], add_group<format>(scales[p], s[r][p], sum_x, panel_load(total[r][p])));
+  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) {
+      panel_store(total[r][p], add_group<format>(scales[p], s[r][p], rows, row + r, group, panel_load(total[r][p])));
+    }
   }
 }
 
@@ -172,7 +195,7 @@ template <BlockFormat format, int num_panels>
 void block_panels(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64_t panel) {
   constexpr int64_t group_bytes = packed_group_bytes(format);
   const Rows rows = prepared_rows(a);
-  const int64_t num_groups = a.weight.num_cols / kBlockSize, panel_stride = num_groups * group_bytes;
+  const int64_t num_groups = rows.num_groups, panel_stride = num_groups * group_bytes;
   const uint8_t* packed = a.weight.packed + panel * panel_stride;
   BlockBuffers buffers;
   for (int64_t r = 0; r < row_end - row_begin; ++r)
@@ -184,18 +207,16 @@ void block_panels(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int6
       const uint8_t* group = packed + p * panel_stride;
       prefetch<group_bytes>(group + kPrefetchBytes / num_panels);
       scales[p] = load_scales<format>(group);
-      for (int k = 0; k < kBlockSize; k += 4) {
-        const CodeRun<4> run = decode<format>(group, k);
-        PE_UNROLL for (int i = 0; i < 4; ++i) panel_store(buffers.codes[p][k + i], run.code[i]);
-      }
+      decode_half<format, 0>(group, buffers.codes[p]);
+      decode_half<format, 1>(group, buffers.codes[p]);
     }
     int64_t row = row_begin;
     const auto total = [&] { return buffers.total + (row - row_begin); };
     for (; row + kTileRows <= row_end; row += kTileRows)
-      block_rows<format, kTileRows, num_panels>(buffers, scales, rows, num_groups, row, g, total());
+      block_rows<format, kTileRows, num_panels>(buffers, scales, rows, row, g, total());
     for (; row + kTileRows / 3 <= row_end; row += kTileRows / 3)
-      block_rows<format, kTileRows / 3, num_panels>(buffers, scales, rows, num_groups, row, g, total());
-    for (; row < row_end; ++row) block_rows<format, 1, num_panels>(buffers, scales, rows, num_groups, row, g, total());
+      block_rows<format, kTileRows / 3, num_panels>(buffers, scales, rows, row, g, total());
+    for (; row < row_end; ++row) block_rows<format, 1, num_panels>(buffers, scales, rows, row, g, total());
   }
   for (int64_t r = row_begin; r < row_end; ++r)
     for (int p = 0; p < num_panels; ++p) store_panel(a, r, panel + p, panel_load(buffers.total[r - row_begin][p]));
@@ -232,7 +253,7 @@ void tile(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64_t pane
 }
 
 void prepare(const MatmulW4A16& a, int64_t row_begin, int64_t row_end) {
-  const int64_t num_cols = a.weight.num_cols, num_groups = num_cols / kBlockSize;
+  const int64_t num_cols = a.weight.num_cols;
   const Rows rows = prepared_rows(a);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const float* x = rows.x + row * rows.x_row_stride;
@@ -242,8 +263,8 @@ void prepare(const MatmulW4A16& a, int64_t row_begin, int64_t row_end) {
       for (int64_t k = 0; k < num_cols; k += VecF::size) store(copy + k, load(source + k));
     }
     if (a.weight.format == BlockFormat::q4_1) {
-      float* sum_x = const_cast<float*>(rows.sum_x) + row * num_groups;
-      for (int64_t g = 0; g < num_groups; ++g)
+      float* sum_x = const_cast<float*>(rows.sum_x) + row * rows.num_groups;
+      for (int64_t g = 0; g < rows.num_groups; ++g)
         sum_x[g] = sum(add(panel_load(x + g * kBlockSize), panel_load(x + g * kBlockSize + kPanelRows)));
     }
   }

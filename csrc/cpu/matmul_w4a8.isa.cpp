@@ -14,11 +14,11 @@ constexpr int64_t kPrefetchBytes = 6 * 1024;
 
 // Codes of two panels fill half of 32 wide registers.
 constexpr bool kWide = VecF::size == 16;
-constexpr int kBlockPanels = kWide ? 2 : 1, kStreamPanels = kWide ? 4 : 2;
+constexpr int kBlockPanels = kWide ? 2 : 1;
 // Running totals of a row block and two panels take 12 KB of L1.
 constexpr int64_t kRowBlock = 96;
 
-// --- activations -----------------------------------------------------------------------------------------------------
+// --- activations ----------------------------------------------------------------------------------------------------
 
 struct QuantizedRow {
   const int8_t* values;
@@ -80,7 +80,7 @@ void quantize_rows(const MatmulW4A8& a, int64_t row_begin, int64_t row_end) {
   a.x_dtype == DType::f32 ? quantize<float>(a, row_begin, row_end) : quantize<bf16>(a, row_begin, row_end);
 }
 
-// --- one group of a panel --------------------------------------------------------------------------------------------
+// --- one group of a panel -------------------------------------------------------------------------------------------
 
 template <BlockFormat format>
 struct PanelGroup {
@@ -114,39 +114,23 @@ template <BlockFormat format>
   return next;
 }
 
-// --- one row: weights go from the stream to the dot product
-// ------------------------------------------------------------
-
-template <BlockFormat format, int num_panels>
-void stream_panels(const MatmulW4A8& a, int64_t row, int64_t panel) {
-  constexpr int64_t group_bytes = packed_group_bytes(format);
-  constexpr int64_t ahead = (kPrefetchBytes + num_panels * group_bytes - 1) / (num_panels * group_bytes);
-  const int64_t num_groups = a.weight.num_cols / kBlockSize, panel_stride = num_groups * group_bytes;
-  const uint8_t* group = a.weight.packed + panel * panel_stride;
-  const QuantizedRow x = quantized_row(a, row);
-  PanelF total[num_panels];
-  PE_UNROLL for (int p = 0; p < num_panels; ++p) total[p] = panel_set1(0.0f);
-  for (int64_t g = 0; g < num_groups; ++g, group += group_bytes) {
-    // Past the last group of a panel come the groups of the panel that takes its place.
-    const int64_t skip = g + ahead < num_groups ? 0 : (num_panels - 1) * panel_stride;
-    PE_UNROLL for (int p = 0; p < num_panels; ++p) {
-      prefetch<group_bytes>(group + p * panel_stride + ahead * group_bytes + skip);
-      total[p] = add_group(load_group<format>(group + p * panel_stride), x, g, total[p]);
-    }
-  }
-  PE_UNROLL for (int p = 0; p < num_panels; ++p) store_panel(a, row, panel + p, total[p]);
-}
+// --- one row: weights go from the stream to the dot product; one panel at a time keeps that a single stream ---------
 
 template <BlockFormat format>
-void stream_row(const MatmulW4A8& a, int64_t row, int64_t panel_begin, int64_t panel_end) {
-  int64_t panel = panel_begin;
-  for (; panel + kStreamPanels <= panel_end; panel += kStreamPanels)
-    stream_panels<format, kStreamPanels>(a, row, panel);
-  for (; panel < panel_end; ++panel) stream_panels<format, 1>(a, row, panel);
+void stream_panel(const MatmulW4A8& a, int64_t row, int64_t panel) {
+  constexpr int64_t group_bytes = packed_group_bytes(format);
+  const int64_t num_groups = a.weight.num_cols / kBlockSize;
+  const uint8_t* group = a.weight.packed + panel * num_groups * group_bytes;
+  const QuantizedRow x = quantized_row(a, row);
+  PanelF total = panel_set1(0.0f);
+  for (int64_t g = 0; g < num_groups; ++g, group += group_bytes) {
+    prefetch<group_bytes>(group + kPrefetchBytes);
+    total = add_group(load_group<format>(group), x, g, total);
+  }
+  store_panel(a, row, panel, total);
 }
 
-// --- several rows: a group stays in registers for all rows of a block
-// --------------------------------------------------
+// --- several rows: a group stays in registers for all rows of a block -----------------------------------------------
 
 template <BlockFormat format, int num_panels>
 void block_panels(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64_t panel) {
@@ -166,8 +150,9 @@ void block_panels(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64
     }
     QuantizedRow x = quantized_row(a, row_begin);
     for (int64_t r = 0; r < num_rows; ++r) {
-      PE_UNROLL for (int p = 0; p < num_panels; ++p)
-          panel_store(totals[r][p], add_group(group[p], x, g, panel_load(totals[r][p])));
+      PE_UNROLL for (int p = 0; p < num_panels; ++p) {
+        panel_store(totals[r][p], add_group(group[p], x, g, panel_load(totals[r][p])));
+      }
       x.values += x_row_bytes;
       x.scales += x_row_bytes / static_cast<int64_t>(sizeof(float));
       x.sums += x_row_bytes / static_cast<int64_t>(sizeof(int32_t));
@@ -182,7 +167,7 @@ void tile_format(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64_
   for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
     const int64_t end = row + kRowBlock < row_end ? row + kRowBlock : row_end;
     if (end - row == 1) {
-      stream_row<format>(a, row, panel_begin, panel_end);
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) stream_panel<format>(a, row, panel);
       continue;
     }
     int64_t panel = panel_begin;

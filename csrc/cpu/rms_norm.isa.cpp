@@ -3,21 +3,10 @@
 
 #include <math.h>
 
-#include "simd/vec.h"
+#include "simd/for_each_vec.h"
 
 namespace pe::PE_ISA {
 namespace {
-
-// Calls body(c, load, store) for every vector of a row; the last call sees partial loads and stores.
-template <class Body>
-inline void for_each_vec(int64_t num_cols, const Body& body) {
-  const int64_t tail = num_cols % VecF::size, full = num_cols - tail;
-  for (int64_t c = 0; c < full; c += VecF::size)
-    body([c](const auto* p) { return load(p + c); }, [c](auto* p, VecF v) { store(p + c, v); });
-  if (tail)
-    body([full, tail](const auto* p) { return load(p + full, tail); },
-         [full, tail](auto* p, VecF v) { store(p + full, v, tail); });
-}
 
 template <class T>
 void fwd_rows(const RmsNormFwd& a, int64_t row_begin, int64_t row_end) {

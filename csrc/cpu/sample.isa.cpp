@@ -14,8 +14,7 @@ namespace {
 
 constexpr int64_t kWeightBlock = 4096;  // weights whose sum is taken in f32
 
-// --- ranking: (value descending, id ascending) is the descending order of one integer
-// ---------------------------------
+// --- ranking: (value descending, id ascending) is the descending order of one integer --------------------------------
 
 inline uint64_t make_key(float value, int64_t id) {
   const float canonical = value + 0.0f;  // -0 equals +0
@@ -67,8 +66,7 @@ struct Ranking {
   }
 };
 
-// --- weights
-// ----------------------------------------------------------------------------------------------------------
+// --- weights ---------------------------------------------------------------------------------------------------------
 
 // out[i] = exp((in[i] - largest) / temperature); out may be in.
 void make_weights(const float* in_values, float* weights, int64_t n, float largest, float temperature) {
@@ -116,8 +114,7 @@ int64_t draw(const float* weights, int64_t n, double u) {
   return end - 1;
 }
 
-// --- one row
-// ----------------------------------------------------------------------------------------------------------
+// --- one row ---------------------------------------------------------------------------------------------------------
 
 // The weights of the first `count` ranked tokens, into scratch.weights.
 void rank_weights(const Ranking& ranking, int64_t count, float largest, float temperature) {

@@ -7,10 +7,12 @@
 namespace pe {
 
 Arena::Arena(size_t capacity, std::string what) : what_(std::move(what)), capacity_(rounded(capacity)) {
-  if (capacity_ == 0) return;
-  void* base = mmap(nullptr, capacity_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (capacity == 0) return;
+  void* base = MAP_FAILED;
+  if (capacity_ >= capacity)  // the rounding did not wrap
+    base = mmap(nullptr, capacity_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED)
-    throw CapacityError(what_ + ": the system refuses " + std::to_string(capacity_) + " bytes of memory");
+    throw CapacityError(what_ + ": the system refuses " + std::to_string(capacity) + " bytes of memory");
   // A hint: weights are read in one ascending stream, and 2 MiB pages save most of its TLB misses.
   madvise(base, capacity_, MADV_HUGEPAGE);
   base_ = static_cast<uint8_t*>(base);

@@ -162,7 +162,7 @@ int available_cpus(const char* cgroup_root) {
   if (FILE* file = std::fopen((std::string(cgroup_root) + "/cpu.max").c_str(), "r")) {
     double quota = 0, period = 0;
     if (std::fscanf(file, "%lf %lf", &quota, &period) == 2 && quota > 0 && period > 0)
-      count = std::min(count, static_cast<int>(std::ceil(quota / period)));
+      count = static_cast<int>(std::min<double>(count, std::ceil(quota / period)));
     std::fclose(file);
   }
   return std::clamp(count, 1, kMaxThreads);

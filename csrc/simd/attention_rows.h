@@ -61,7 +61,8 @@ struct RowTile {
   }
 };
 
-// Calls body(key_begin, key_end, visit) for each block; visit(tile_body) calls tile_body(tile) for its rows.
+// Calls body(base, key_begin, key_end, visit) for each block: it begins at key `base`, and keys [key_begin, key_end) of
+// it are seen; visit(tile_body) calls tile_body(tile) for its rows.
 template <class Body>
 static inline void for_each_block(const RowRanges& rows, const Body& body) {
   int64_t first = rows.begin[0], last = rows.end[0];

@@ -4,7 +4,6 @@
 //
 //   PanelF    load(p) store(p, v) store(p, v, n) to float* or bf16*; set1 mul fma sum
 //   Codes     16 words of 32 bits as they lie in a packed group
-//   shift_right(codes, bits)
 //   nibble<i>(codes)   four bits i of each word, less 8, as floats
 //   byte<i>(codes)     byte i of each word, less 128, as floats
 //   load_f16(p)        16 f16 as floats
@@ -91,14 +90,20 @@ static inline float sum(const PanelF& a) {
 
 using Codes = __m512i;
 static inline Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-static inline Codes shift_right(const Codes& codes, int count) {
-  return _mm512_srl_epi32(codes, _mm_cvtsi32_si128(count));
-}
+// Two ways that keep different execution units busy.
 template <int i>
 static inline PanelF nibble(const Codes& codes) {
-  // The permutation reads four bits of each index, so nothing need be masked.
-  const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  return {{{_mm512_permutexvar_ps(i ? _mm512_srli_epi32(codes, 4 * i) : codes, table)}}};
+  constexpr int bit = 4 * i;
+  if constexpr (i == 0 || bit > 16) {
+    // The permutation reads four bits of each index: nothing need be masked.
+    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return {{{_mm512_permutexvar_ps(i ? _mm512_srli_epi32(codes, bit) : codes, table)}}};
+  } else {
+    // In the fraction of 2^(23 - bit) the bits weigh 1, 2, 4 and 8.
+    const __m512 base = _mm512_set1_ps(static_cast<float>(1 << (23 - bit)));
+    const __m512i q = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi32(15 << bit), _mm512_castps_si512(base), 0xea);
+    return {{{_mm512_sub_ps(_mm512_castsi512_ps(q), _mm512_set1_ps(static_cast<float>((1 << (23 - bit)) + 8)))}}};
+  }
 }
 template <int i>
 static inline PanelF byte(const Codes& codes) {
@@ -117,10 +122,6 @@ struct Codes {
 static inline Codes load_codes(const uint8_t* p) {
   const __m256i* v = reinterpret_cast<const __m256i*>(p);
   return {{_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)}};
-}
-static inline Codes shift_right(const Codes& codes, int count) {
-  const __m128i by = _mm_cvtsi32_si128(count);
-  return {{_mm256_srl_epi32(codes.part[0], by), _mm256_srl_epi32(codes.part[1], by)}};
 }
 template <int i>
 static inline PanelF nibble(const Codes& codes) {
@@ -149,10 +150,6 @@ struct Codes {
 static inline Codes load_codes(const uint8_t* p) {
   Codes codes;
   memcpy(codes.lane, p, sizeof codes.lane);
-  return codes;
-}
-static inline Codes shift_right(Codes codes, int count) {
-  for (uint32_t& lane : codes.lane) lane >>= count;
   return codes;
 }
 template <int i>

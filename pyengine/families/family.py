@@ -24,6 +24,8 @@ class Family:
     config_from_spec: Callable[[ModelSpec], dict[str, Any]]
     spec_from_gguf: Callable[[Mapping[str, Any], Collection[str], npt.NDArray[np.floating[Any]] | None], ModelSpec]
     gguf_metadata_from_spec: Callable[[ModelSpec], dict[str, Any]]
+    gguf_rope_freqs: Callable[[ModelSpec], npt.NDArray[np.float32] | None]
+    """The tensor rope_freqs.weight [D/2] that a GGUF file of the model needs, or None."""
     gguf_tensor_names: Callable[[ModelSpec], dict[str, str]]
     """Hugging Face name -> GGUF name of every weight."""
     gguf_row_order: Callable[[ModelSpec, str], npt.NDArray[np.int64] | None]

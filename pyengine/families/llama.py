@@ -311,6 +311,7 @@ FAMILY = Family(
     config_from_spec=config_from_spec,
     spec_from_gguf=spec_from_gguf,
     gguf_metadata_from_spec=gguf_metadata_from_spec,
+    gguf_rope_freqs=gguf_rope_freqs,
     gguf_tensor_names=gguf_tensor_names,
     gguf_row_order=gguf_row_order,
 )

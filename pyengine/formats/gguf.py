@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,12 +71,13 @@ class GgufTensor:
     """A tensor to write that is already in blocks.
 
     Attributes:
-        data: uint8, the blocks of all rows in order; any shape.
+        data: uint8, the blocks of all rows in order, any shape; or a function that makes them, which `write_gguf` calls
+            when it comes to the tensor, so that one tensor at a time is in memory.
         type: a ggml type, such as "Q4_1".
         shape: in elements, [out, in].
     """
 
-    data: npt.NDArray[np.uint8]
+    data: npt.NDArray[np.uint8] | Callable[[], npt.NDArray[np.uint8]]
     type: str
     shape: tuple[int, ...]
 
@@ -190,22 +191,22 @@ def write_gguf(
     for key, value in metadata.items():
         header.append(_pack_name("metadata", key, _MAX_KEY_BYTES))
         header.append(_pack_value(key, value, types.get(key)))
-    blocks: list[npt.NDArray[np.uint8]] = []
+    sizes: list[int] = []
     offset = 0
     for name, tensor in tensors.items():
-        type_id, shape, data = _as_tensor(name, tensor)
+        type_id, shape, num_bytes = _describe(name, tensor)
         header.append(_pack_name("tensors", name, _MAX_NAME_BYTES))
         header.append(struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), type_id, offset))
-        blocks.append(data)
-        offset += data.nbytes + -data.nbytes % alignment
+        sizes.append(num_bytes)
+        offset += num_bytes + -num_bytes % alignment
     with atomic_write(path) as file:
         size = 0
         for part in header:
             size += file.write(part)
         file.write(bytes(-size % alignment))
-        for data in blocks:
-            file.write(data.data)
-            file.write(bytes(-data.nbytes % alignment))
+        for (name, tensor), num_bytes in zip(tensors.items(), sizes, strict=True):
+            file.write(_tensor_bytes(name, tensor, num_bytes).data)
+            file.write(bytes(-num_bytes % alignment))
 
 
 def _pack_text(text: str, errors: str) -> bytes:
@@ -300,26 +301,45 @@ def _as_numbers(key: str, value: Any, name: str, dtype: np.dtype[Any]) -> npt.ND
     return numbers
 
 
-def _as_tensor(name: str, tensor: npt.NDArray[Any] | GgufTensor) -> tuple[int, tuple[int, ...], npt.NDArray[np.uint8]]:
-    """Type id, shape in elements and the bytes, flat."""
+def _describe(name: str, tensor: npt.NDArray[Any] | GgufTensor) -> tuple[int, tuple[int, ...], int]:
+    """Type id, shape in elements and number of bytes."""
     if isinstance(tensor, GgufTensor):
         type_id, block_elements, block_bytes = _C.gguf_type_geometry(tensor.type)
         shape = tuple(int(size) for size in tensor.shape)
-        data = np.ascontiguousarray(tensor.data).reshape(-1)
+        num_bytes = int(np.prod(shape, dtype=object)) // block_elements * block_bytes
         row = shape[-1] if shape else 1
-        expected = int(np.prod(shape, dtype=object)) // block_elements * block_bytes
-        if row % block_elements or min(shape, default=0) < 0 or data.dtype != np.uint8 or data.nbytes != expected:
+        if row % block_elements or min(shape, default=0) < 0:
             raise ArgumentError(
-                f"tensors: expected {expected} bytes of {tensor.type} for {name!r} of shape {shape}, "
-                f"got {data.dtype} {tensor.data.shape}"
+                f"tensors: expected {num_bytes} bytes of {tensor.type} for {name!r} in rows of a multiple of "
+                f"{block_elements}, got shape {shape}"
             )
+        if not callable(tensor.data):
+            _check_blocks(name, tensor, tensor.data, num_bytes)
     else:
         dtype = tensor.dtype.newbyteorder("=")
         if dtype not in _NAMES:
             raise ArgumentError(f"tensors: expected a dtype that GGUF knows for {name!r}, got {tensor.dtype}")
         type_id = _C.gguf_type_geometry(_NAMES[dtype])[0]
-        shape = tensor.shape
-        data = tensor.astype(dtype, order="C", copy=False).reshape(-1).view(np.uint8)
+        shape, num_bytes = tensor.shape, tensor.nbytes
     if len(shape) > _MAX_DIMS:
         raise ArgumentError(f"tensors: expected at most {_MAX_DIMS} dimensions for {name!r}, got {len(shape)}")
-    return type_id, shape, data
+    return type_id, shape, num_bytes
+
+
+def _check_blocks(name: str, tensor: GgufTensor, data: npt.NDArray[Any], num_bytes: int) -> None:
+    if data.dtype != np.uint8 or data.nbytes != num_bytes:
+        raise ArgumentError(
+            f"tensors: expected {num_bytes} bytes of {tensor.type} for {name!r} of shape {tuple(tensor.shape)}, "
+            f"got {data.dtype} {data.shape}"
+        )
+
+
+def _tensor_bytes(name: str, tensor: npt.NDArray[Any] | GgufTensor, num_bytes: int) -> npt.NDArray[np.uint8]:
+    """The bytes as the file holds them, flat."""
+    if not isinstance(tensor, GgufTensor):
+        return tensor.astype(tensor.dtype.newbyteorder("="), order="C", copy=False).reshape(-1).view(np.uint8)
+    data = tensor.data
+    if callable(data):
+        data = data()
+        _check_blocks(name, tensor, data, num_bytes)
+    return np.ascontiguousarray(data).reshape(-1)

@@ -41,10 +41,12 @@ class Explanation:
             f"model     {self.model}, {self.num_parameters / 1e6:.1f} M parameters",
             f"isa       {self.isa}" + (f" ({self.isa_limit_reason})" if self.isa_limit_reason else ""),
             f"threads   {self.threads}",
-            f"weights   {formats}; {self.weight_bytes / 1e6:.1f} MB, {self.bytes_per_token / 1e6:.1f} MB read per token",
+            f"weights   {formats}; {self.weight_bytes / 1e6:.1f} MB, "
+            f"{self.bytes_per_token / 1e6:.1f} MB read per token",
             f"mode      {self.mode}: activations {self.act_dtype}"
             + (", rounded to int8 per 32 before each product" if self.mode == "fast" else ""),
-            f"cache     {self.kv_dtype}, {self.max_context} tokens a sequence, {self.cache_bytes / 1e6:.0f} MB reserved",
+            f"cache     {self.kv_dtype}, {self.max_context} tokens a sequence, "
+            f"{self.cache_bytes / 1e6:.0f} MB reserved",
         ]
         seconds = self.profile.get("seconds", {})
         total = sum(seconds.values())

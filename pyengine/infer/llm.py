@@ -40,7 +40,7 @@ class LLM:
         kv_dtype: "auto", "float32" or "bfloat16" keys and values.
         max_batch_tokens: most tokens of one native step.
 
-    Safe to call from several threads, and streams may be interleaved: what runs at the same time shares the native steps.
+    Safe to call from several threads, and streams may be interleaved: what runs at the same time shares native steps.
     """
 
     def __init__(
@@ -116,17 +116,29 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: SequenceOf[Mapping[str, Any]], params: SamplingParams | None = ..., *,
-        stream: Literal[False] = ..., **variables: Any,
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        params: SamplingParams | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        **variables: Any,
     ) -> Completion: ...
     @overload
     def chat(
-        self, messages: SequenceOf[Mapping[str, Any]], params: SamplingParams | None = ..., *,
-        stream: Literal[True], **variables: Any,
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        params: SamplingParams | None = ...,
+        *,
+        stream: Literal[True],
+        **variables: Any,
     ) -> Iterator[TextPiece]: ...
     def chat(
-        self, messages: SequenceOf[Mapping[str, Any]], params: SamplingParams | None = None, *,
-        stream: bool = False, **variables: Any,
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        **variables: Any,
     ) -> Completion | Iterator[TextPiece]:
         """Answer a conversation, a list of {"role", "content"}, by the model's chat template.
 
@@ -161,7 +173,9 @@ class LLM:
         if not prompt_ids:
             start = self.spec.bos_token_id
             if start is None:
-                raise ArgumentError(f"prompts[{index}]: expected at least one token, got none, and the model has no bos")
+                raise ArgumentError(
+                    f"prompts[{index}]: expected at least one token, got none, and the model has no bos"
+                )
             prompt_ids = [start]
         if not ids:
             return Score([], [])
@@ -259,4 +273,3 @@ def _prompt_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
     if out and all(isinstance(item, (int, np.integer)) for item in out):
         return [out]
     return out
-

@@ -40,7 +40,11 @@ class EngineOptions:
         _one_of("weights", self.weights, ("auto", *WEIGHT_FORMATS))
         _one_of("mode", self.mode, ("auto", "exact", "fast"))
         _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16"))
-        for name, low, high in (("max_context", 1, 1 << 24), ("cache_tokens", 1, 1 << 31), ("max_batch_tokens", 1, 8192)):
+        for name, low, high in (
+            ("max_context", 1, 1 << 24),
+            ("cache_tokens", 1, 1 << 31),
+            ("max_batch_tokens", 1, 8192),
+        ):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and low <= value <= high):
                 raise ArgumentError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
@@ -72,7 +76,11 @@ class LoadedModel:
     max_context: int
 
 
-_QUANTIZERS: Mapping[str, Callable[[Array], Array]] = {"q8_0": quantize_q8_0, "q4_1": quantize_q4_1, "q4_0": quantize_q4_0}
+_QUANTIZERS: Mapping[str, Callable[[Array], Array]] = {
+    "q8_0": quantize_q8_0,
+    "q4_1": quantize_q4_1,
+    "q4_0": quantize_q4_0,
+}
 
 
 def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedModel:
@@ -82,7 +90,9 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
     formats = {name: _target_format(source, name, options.weights) for name in source.matrix_names()}
     has_blocks = any(f.startswith("q") for f in formats.values())
     if options.mode == "fast" and not has_blocks:
-        raise ArgumentError(f"mode: 'fast' needs weights in blocks (q8_0, q4_1, q4_0), got {sorted(set(formats.values()))}")
+        raise ArgumentError(
+            f"mode: 'fast' needs weights in blocks (q8_0, q4_1, q4_0), got {sorted(set(formats.values()))}"
+        )
     act_dtype = "bfloat16" if set(formats.values()) == {"bfloat16"} else "float32"
     mode = "exact" if options.mode == "auto" else options.mode
     kv_dtype = act_dtype if options.kv_dtype == "auto" else options.kv_dtype
@@ -202,10 +212,9 @@ def _target_format(source: WeightSource, name: str, wanted: str) -> str:
                 f"pass weights= one of {', '.join(WEIGHT_FORMATS)} to convert"
             )
         return kept
-    if wanted.startswith("q") and source.spec.tensor_shapes()[name][1] % 32:
-        raise ArgumentError(
-            f"weights: {wanted} needs rows of a multiple of 32 values, got {source.spec.tensor_shapes()[name][1]} in {name}"
-        )
+    num_cols = source.spec.tensor_shapes()[name][1]
+    if wanted.startswith("q") and num_cols % 32:
+        raise ArgumentError(f"weights: {wanted} needs rows of a multiple of 32 values, got {num_cols} in {name}")
     return wanted
 
 
@@ -218,5 +227,3 @@ def _rows(source: WeightSource, name: str, target: str) -> npt.NDArray[np.uint8]
         return _QUANTIZERS[target](np.ascontiguousarray(dense, np.float32)).view(np.uint8).reshape(len(dense), -1)
     dtype = np.dtype(np.float32) if target == "float32" else np.dtype(ml_dtypes.bfloat16)
     return np.ascontiguousarray(dense.astype(dtype)).view(np.uint8).reshape(len(dense), -1)
-
-

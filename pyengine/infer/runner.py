@@ -81,7 +81,7 @@ class Runner:
 
 
 def sample(logits: Float32, rows: list[SampleRow]) -> list[TokenLogprobs]:
-    """Draw one token per row of logits [R, vocab_size]. The draw depends on the logits, the seed and the position alone."""
+    """Draw one token per row of logits [R, vocab_size]; depends on its logits, options, seed and position alone."""
     params = [row.params for row in rows]
     # The penalty reads the tokens so far; nothing else does.
     history = [row.token_ids if row.params.repetition_penalty != 1.0 else [] for row in rows]

@@ -52,7 +52,9 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _require(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a whole number >= 1", self.max_tokens)
+        _require(
+            _is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a whole number >= 1", self.max_tokens
+        )
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             value = getattr(self, name)
             finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -39,7 +39,7 @@ class Scheduler:
         return not self._waiting and not self._running
 
     def step(self) -> None:
-        """One native step. Puts a text piece, or the failure that ends it, into the inbox of each sequence concerned."""
+        """One native step. Puts a text piece into the inbox of each sequence that got a token."""
         plan = self._plan()
         if not plan:
             return
@@ -53,7 +53,9 @@ class Scheduler:
             sequence.num_cached += len(chunk)
             if sequence.num_cached == sequence.num_tokens:
                 sampled.append(sequence)
-                rows.append(SampleRow(len(token_ids) - 1, sequence.params, sequence.prompt_token_ids + sequence.token_ids))
+                rows.append(
+                    SampleRow(len(token_ids) - 1, sequence.params, sequence.prompt_token_ids + sequence.token_ids)
+                )
         for sequence, token in zip(sampled, self._runner.step(token_ids, slots, rows), strict=True):
             piece = sequence.accept(token)
             sequence.inbox.append(piece)
@@ -64,7 +66,7 @@ class Scheduler:
     def _plan(self) -> list[tuple[Sequence, int, list[int]]]:
         """Sequences, their native numbers and the tokens that each feeds, with pages claimed for all of them."""
         budget = self._runner.max_tokens
-        plan: list[tuple[Sequence, list[int]]] = []
+        plan: dict[Sequence, list[int]] = {}
         # One token for each that decodes, then chunks for those still in their prompt; both in order of arrival.
         for sequence in sorted(self._running, key=lambda s: s.num_tokens - s.num_cached > 1):
             if budget == 0:
@@ -72,8 +74,8 @@ class Scheduler:
             if sequence not in self._running:  # gave its pages to an older one
                 continue
             chunk = sequence.pending_token_ids(budget)
-            if self._claim(sequence, len(chunk)):
-                plan.append((sequence, chunk))
+            if self._claim(sequence, len(chunk), plan):
+                plan[sequence] = chunk
                 budget -= len(chunk)
         while self._waiting and budget > 0:
             sequence = self._waiting[0]
@@ -87,23 +89,27 @@ class Scheduler:
             sequence.slot = self._decoder.add_sequence()
             self._decoder.grow(sequence.slot, len(chunk))
             self._running.append(sequence)
-            plan.append((sequence, chunk))
+            plan[sequence] = chunk
             budget -= len(chunk)
-        # A sequence that gave its pages away after it was planned has no slot.
-        return [(sequence, sequence.slot, chunk) for sequence, chunk in plan if sequence.slot is not None]
+        return [(sequence, sequence.slot, chunk) for sequence, chunk in plan.items() if sequence.slot is not None]
 
     def _pages_for(self, sequence: Sequence, num_tokens: int) -> int:
         size = int(self._decoder.page_size)
         return -(-(sequence.num_cached + num_tokens) // size) - -(-sequence.num_cached // size)
 
-    def _claim(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Claim pages, taking them from the youngest sequences if need be. False if `sequence` itself was the youngest."""
+    def _claim(self, sequence: Sequence, num_tokens: int, plan: dict[Sequence, list[int]]) -> bool:
+        """Claim pages, taking them (and its place in the plan) from the youngest sequence for as long as it needs.
+
+        False if `sequence` itself was the youngest.
+        """
+        assert sequence.slot is not None
         while self._pages_for(sequence, num_tokens) > self._decoder.num_free_pages:
             victim = self._running[-1]
             if victim is sequence and len(self._running) == 1:
                 self._fail(sequence)
                 return False
             self._running.pop()
+            plan.pop(victim, None)
             self._release(victim)
             self._waiting.appendleft(victim)
             if victim is sequence:
@@ -123,4 +129,3 @@ class Scheduler:
             self._decoder.free_sequence(sequence.slot)
             sequence.slot = None
             sequence.num_cached = 0
-

@@ -31,7 +31,7 @@ class WeightSource(Protocol):
     def matrix_names(self) -> list[str]: ...
 
     def stored_format(self, name: str) -> str:
-        """"float32", "float16", "bfloat16", or a lower-case GGUF type such as "q4_1"."""
+        """ "float32", "float16", "bfloat16", or a lower-case GGUF type such as "q4_1"."""
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """Stored bytes as [num_rows, row_bytes], rows in Hugging Face order."""
@@ -137,7 +137,9 @@ class FolderSource:
             raise ModelFileError(str(index), None, "weight_map", "expected an object")
         for name, file in weight_map.items():
             if not isinstance(file, str) or file != os.path.basename(file):
-                raise ModelFileError(str(index), None, f"weight_map.{name}", f"expected a file name, got {json.dumps(file)}")
+                raise ModelFileError(
+                    str(index), None, f"weight_map.{name}", f"expected a file name, got {json.dumps(file)}"
+                )
         return weight_map
 
     def matrix_names(self) -> list[str]:

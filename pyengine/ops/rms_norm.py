@@ -78,14 +78,10 @@ def _(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_offset: fl
 
 
 @torch.library.impl(lib, "rms_norm_residual_fwd", "CPU")
-def _(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, residual)
     y, h, rstd = empty_like(x), empty_like(x), _empty_rstd(x)
-    _C.rms_norm_fwd_cpu(
-        rows(x), rows(residual), weight.contiguous(), rows(h), rows(y), rstd, eps, weight_offset
-    )
+    _C.rms_norm_fwd_cpu(rows(x), rows(residual), weight.contiguous(), rows(h), rows(y), rstd, eps, weight_offset)
     return y, h, rstd
 
 
@@ -123,9 +119,7 @@ def _(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_offset: fl
 
 
 @torch.library.register_fake("pyengine::rms_norm_residual_fwd", lib=lib)
-def _(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, residual)
     return empty_like(x), empty_like(x), _empty_rstd(x)
 

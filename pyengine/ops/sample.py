@@ -70,7 +70,7 @@ def _(logits: Tensor, *args: Any) -> SampleOutput:
     settings = [t.contiguous() for t in settings]
     if previous_ids is not None:
         previous_ids, previous_offsets = previous_ids.contiguous(), previous_offsets.contiguous()
-    _C.sample_cpu(logits, *settings, previous_ids, previous_offsets, *out)
+    _C.sample_cpu(logits, *settings, previous_ids, previous_offsets, *out)  # type: ignore[call-arg]
     return out
 
 

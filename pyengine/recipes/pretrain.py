@@ -14,7 +14,7 @@ import torch
 from pyengine.data.packing import PackedDataset
 from pyengine.data.shards import Shard, shard_content_id
 from pyengine.errors import ArgumentError, ConfigError
-from pyengine.ledger import content_id
+from pyengine.ledger import Ledger, content_id
 from pyengine.models import CausalLM, from_pretrained
 from pyengine.spec import ModelSpec, RopeSpec
 from pyengine.tokenizer import Tokenizer
@@ -102,8 +102,8 @@ class PretrainConfig(Config):
     resume: bool = True
 
 
-def run(config: PretrainConfig) -> TrainResult:
-    """Train a model; see `pyengine.train.run` for what the folder holds afterwards."""
+def run(config: PretrainConfig, *, ledger: Ledger | None = None) -> TrainResult:
+    """Train a model; see `pyengine.train.run` for what the folder holds afterwards, and for `ledger`."""
     seed_everything(config.seed)
     inputs = {"train_shard": shard_content_id(config.data.train)}
     shard = Shard(config.data.train)
@@ -136,5 +136,12 @@ def run(config: PretrainConfig) -> TrainResult:
     if config.tokenizer is not None:
         Tokenizer.from_folder(config.tokenizer).save(config.folder / "model")
     return run_training(
-        trainer, model, config.folder, stage="pretrain", config=config, inputs=inputs, resume=config.resume
+        trainer,
+        model,
+        config.folder,
+        stage="pretrain",
+        config=config,
+        inputs=inputs,
+        resume=config.resume,
+        ledger=ledger,
     )

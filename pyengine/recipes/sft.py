@@ -15,7 +15,7 @@ import torch
 from pyengine.data.jsonl import Conversation, read_jsonl
 from pyengine.data.packing import PackedConversations, pack_conversations
 from pyengine.formats import open_gguf
-from pyengine.ledger import content_id
+from pyengine.ledger import Ledger, content_id
 from pyengine.models import from_pretrained
 from pyengine.tokenizer import ChatTemplate, Tokenizer, assistant_mask
 from pyengine.train.config import Config, Range
@@ -63,8 +63,8 @@ class SftConfig(Config):
     resume: bool = True
 
 
-def run(config: SftConfig) -> TrainResult:
-    """Train a model; see `pyengine.train.run` for what the folder holds afterwards."""
+def run(config: SftConfig, *, ledger: Ledger | None = None) -> TrainResult:
+    """Train a model; see `pyengine.train.run` for what the folder holds afterwards, and for `ledger`."""
     seed_everything(config.seed)
     inputs = {"init_from": content_id(config.model), "train_conversations": content_id(config.data.train)}
     tokenizer, template = load_text_side(config.tokenizer or config.model)
@@ -86,7 +86,9 @@ def run(config: SftConfig) -> TrainResult:
     tokenizer.save(config.folder / "model")
     template.save(config.folder / "model")
     template.close()
-    return run_training(trainer, model, config.folder, stage="sft", config=config, inputs=inputs, resume=config.resume)
+    return run_training(
+        trainer, model, config.folder, stage="sft", config=config, inputs=inputs, resume=config.resume, ledger=ledger
+    )
 
 
 def load_text_side(path: Path) -> tuple[Tokenizer, ChatTemplate]:

@@ -8,7 +8,7 @@ from pyengine.reference.block_weights import BLOCK_SIZE, dequantize
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """(xq int32 [..., K], dx f32 [..., K / 32]) of x [..., K], rounded in groups of 32."""
-    groups = x.float().unflatten(-1, (-1, BLOCK_SIZE))
+    groups = x.float().reshape(*x.shape[:-1], -1, BLOCK_SIZE)
     largest = groups.abs().amax(-1, keepdim=True)
     finite, tiny = largest.isfinite(), largest < 2.0**-100
     # A number over a tensor is not rounded once: torch multiplies by the reciprocal. Tensors are divided.

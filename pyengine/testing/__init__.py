@@ -58,6 +58,7 @@ def force_num_threads(count: int) -> Iterator[None]:
 
 def assert_same_bits(got: Tensor, expected: Tensor) -> None:
     """Equal shape, dtype and bytes; NaN equals the same NaN."""
-    assert got.shape == expected.shape and got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
     a, b = got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
     assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} bytes differ"

@@ -16,7 +16,8 @@ from pyengine.errors import ModelFileError
 from pyengine.jsonfile import file_error
 from pyengine.tokenizer.checks import MAX_TOKENS
 
-_CONTROL, _USER_DEFINED, _UNKNOWN = 3, 4, 2
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+"""Types of a token in `tokenizer.ggml.token_type`."""
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _LLAMA3_PATTERN = (
@@ -42,7 +43,7 @@ def _splits(*patterns: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [*parts, _BYTE_LEVEL | {"use_regex": False}]}
 
 
-_PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "gpt-2": _BYTE_LEVEL | {"use_regex": True},
     "smollm": {
         "type": "Sequence",
@@ -52,6 +53,10 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "llama-bpe": _splits(_LLAMA3_PATTERN),
     "qwen2": _splits(_QWEN2_PATTERN),
 }
+
+# What the names imply besides the split of a text.
+NORMALIZERS: dict[str, dict[str, Any]] = {"qwen2": {"type": "NFC"}}
+IGNORE_MERGES = frozenset({"llama-bpe"})
 
 
 class GgufTokenizerReader:
@@ -66,8 +71,8 @@ class GgufTokenizerReader:
         if (model := self._get("model")) != "gpt2":
             raise self._fail("model", f"expected 'gpt2', got {model!r:.60}")
         pre = self._get("pre")
-        if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
-            raise self._fail("pre", f"expected one of {sorted(_PRE_TOKENIZERS)}, got {pre!r:.60}")
+        if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+            raise self._fail("pre", f"expected one of {sorted(PRE_TOKENIZERS)}, got {pre!r:.60}")
         if self._get_bool("add_space_prefix", False):
             raise self._fail("add_space_prefix", "expected false for a tokenizer of kind gpt2, got true")
         tokens = self._tokens()
@@ -79,8 +84,8 @@ class GgufTokenizerReader:
             "truncation": None,
             "padding": None,
             "added_tokens": self._added_tokens(tokens),
-            "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-            "pre_tokenizer": _PRE_TOKENIZERS[pre],
+            "normalizer": NORMALIZERS.get(pre),
+            "pre_tokenizer": PRE_TOKENIZERS[pre],
             "post_processor": self._post_processor(tokens, add_bos=pre == "llama-bpe"),
             "decoder": _BYTE_LEVEL | {"use_regex": True},
             "model": {
@@ -91,7 +96,7 @@ class GgufTokenizerReader:
                 "end_of_word_suffix": None,
                 "fuse_unk": False,
                 "byte_fallback": False,
-                "ignore_merges": pre == "llama-bpe",
+                "ignore_merges": pre in IGNORE_MERGES,
                 "vocab": vocab,
                 "merges": self._merges(vocab),
             },
@@ -128,9 +133,9 @@ class GgufTokenizerReader:
             raise self._fail("token_type", f"expected types from 1 to 6, got {unknown!r:.40}")
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         return [
-            {"id": index, "content": token, **flags, "special": kind != _USER_DEFINED}
+            {"id": index, "content": token, **flags, "special": kind != USER_DEFINED}
             for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
+            if kind in (CONTROL, USER_DEFINED, UNKNOWN)
         ]
 
     def _merges(self, vocab: dict[str, int]) -> list[list[str]]:

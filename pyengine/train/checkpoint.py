@@ -150,8 +150,8 @@ def save_checkpoint(
             for name in sorted(os.listdir(temporary))
         }
         manifest = Manifest(format=FORMAT, version=VERSION, step=step, files=entries)
+        # Every write also synced the folder.
         _write(temporary / MANIFEST_NAME, msgspec.json.encode(manifest))
-        _sync_folder(temporary)
         if final.exists() and not _make_way(final, temporary):
             shutil.rmtree(temporary)
         else:

@@ -104,7 +104,7 @@ def parse_file(path: Path) -> Node:
     node = _compose(data, str(path))
     if node is None:
         return Node(file=str(path), line=1, children={})
-    root = _convert(node, str(path), 0)
+    root = _convert(node, str(path))
     if root.children is None:
         raise root.error(f"expected a mapping, got {root.describe()}", "")
     return root
@@ -117,7 +117,7 @@ def parse_override(override: str) -> Node:
     if not separator or not all(names) or len(names) > MAX_DEPTH:
         raise ConfigError(f"expected KEY.KEY=VALUE, got {override!r:.80}")
     composed = _compose(text.encode("utf-8", "surrogateescape"), None)
-    node = Node(text="") if composed is None else _convert(composed, None, 0)
+    node = Node(text="") if composed is None else _convert(composed, None)
     node.line = None
     for name in reversed(names):
         node = Node(children={name: node})
@@ -132,10 +132,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _compose(data: bytes, file: str | None) -> yaml.Node | None:
     try:
+        depth = 0
+        # Events come as the text is read, so deep nesting, for which the scanner needs quadratic time, ends it early.
         for event in yaml.parse(data, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            line = event.start_mark.line + 1 if event.start_mark is not None and file is not None else None
             if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1 if event.start_mark else None
                 raise ConfigError("expected no aliases, got one", file=file, line=line)
+            if depth > MAX_DEPTH:
+                raise ConfigError(f"expected at most {MAX_DEPTH} levels, got more", file=file, line=line)
         node: yaml.Node | None = yaml.compose(data, Loader=yaml.SafeLoader)
         return node
     except yaml.MarkedYAMLError as error:
@@ -144,18 +149,14 @@ def _compose(data: bytes, file: str | None) -> yaml.Node | None:
         raise ConfigError(f"expected YAML: {error.problem}", file=file, line=line) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"expected YAML: {str(error).splitlines()[0]}", file=file) from error
-    except RecursionError as error:
-        raise ConfigError("expected modest depth, got deeper nesting", file=file) from error
 
 
-def _convert(node: yaml.Node, file: str | None, depth: int) -> Node:
+def _convert(node: yaml.Node, file: str | None) -> Node:
     line = node.start_mark.line + 1
-    if depth > MAX_DEPTH:
-        raise ConfigError(f"expected at most {MAX_DEPTH} levels, got more", file=file, line=line)
     if isinstance(node, yaml.ScalarNode):
         return Node(file=file, line=line, text=node.value, quoted=node.style is not None)
     if isinstance(node, yaml.SequenceNode):
-        return Node(file=file, line=line, sequence=[_convert(item, file, depth + 1) for item in node.value])
+        return Node(file=file, line=line, sequence=[_convert(item, file) for item in node.value])
     children: dict[str, Node] = {}
     for key_node, value_node in node.value:
         key_line = key_node.start_mark.line + 1
@@ -163,7 +164,7 @@ def _convert(node: yaml.Node, file: str | None, depth: int) -> Node:
             raise ConfigError("expected a name as key, got a list or mapping", file=file, line=key_line)
         if key_node.value in children:
             raise ConfigError("expected every key once, got it twice", key=key_node.value, file=file, line=key_line)
-        child = _convert(value_node, file, depth + 1)
+        child = _convert(value_node, file)
         child.key_line = key_line
         children[key_node.value] = child
     return Node(file=file, line=line, children=children)

@@ -73,6 +73,9 @@ class OptimConfig(Config):
 class Callback:
     """Hooks into a run; override what is needed."""
 
+    def on_train_begin(self, trainer: Trainer, metrics: Metrics) -> None:
+        """Before the first step, with the held-out loss of the untrained model if there is one to measure."""
+
     def on_step_end(self, trainer: Trainer, metrics: Metrics) -> None:
         """After every step, with its line of metrics."""
 
@@ -134,10 +137,13 @@ class Trainer:
     def train(self) -> None:
         """Run until `config.num_steps` steps are done."""
         self.model.train()
+        every = self.config.eval_every
+        if self.step == 0 and self.eval_rows is not None and every is not None:
+            for callback in self.callbacks:
+                callback.on_train_begin(self, {"step": 0, "tokens": 0, "eval/loss": self.evaluate()})
         while self.step < self.config.num_steps:
             metrics = self.train_step()
             is_last = self.step == self.config.num_steps
-            every = self.config.eval_every
             if self.eval_rows is not None and every is not None and (is_last or self.step % every == 0):
                 metrics["eval/loss"] = self.evaluate()
             self.last_metrics = metrics

@@ -5,7 +5,9 @@ config.yaml  metrics.jsonl  loss.png  ledger.jsonl  checkpoints/step-*/  model/
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +86,7 @@ def run_training(
     config: Config,
     inputs: Mapping[str, str],
     resume: bool = True,
+    ledger: Ledger | None = None,
 ) -> TrainResult:
     """Train to the end inside `folder`, going on from its latest checkpoint.
 
@@ -95,14 +98,18 @@ def run_training(
         config: the whole configuration; kept beside the run and in every checkpoint.
         inputs: name -> content id of what the run reads.
         resume: if false, a folder that already has a checkpoint is an error.
+        ledger: of a larger run that this one is a stage of; None keeps one in `folder`.
 
     Raises:
         ArgumentError: the folder belongs to a run with another configuration or other data.
         CheckpointError: saving failed `MAX_FAILED_SAVES` times in a row.
         TrainingStopped: a signal came.
     """
-    run = _Run(trainer, model, folder, stage, config, inputs)
-    with run.ledger, StopRequest() as stop:
+    with contextlib.ExitStack() as stack:
+        if ledger is None:
+            ledger = stack.enter_context(Ledger(folder))
+        run = _Run(trainer, model, folder, stage, config, inputs, ledger)
+        stop = stack.enter_context(StopRequest())
         run.stop = stop
         run.start(resume)
         with ProgressReport(trainer.config.num_steps, first_step=trainer.step) as run.progress:
@@ -121,7 +128,14 @@ class _Run(Callback):
     stop: StopRequest
 
     def __init__(
-        self, trainer: Trainer, model: CausalLM, folder: Path, stage: str, config: Config, inputs: Mapping[str, str]
+        self,
+        trainer: Trainer,
+        model: CausalLM,
+        folder: Path,
+        stage: str,
+        config: Config,
+        inputs: Mapping[str, str],
+        ledger: Ledger,
     ) -> None:
         self.trainer = trainer
         self.model = model
@@ -132,7 +146,7 @@ class _Run(Callback):
         self.checkpoint: Checkpoint | None = None
         self.resumed_from = 0
         self.damaged: list[CheckpointError] = []
-        self.ledger = Ledger(folder)
+        self.ledger = ledger
         self._failed_saves = 0
         self._seconds_before = 0.0
         self._start = time.perf_counter()
@@ -177,6 +191,9 @@ class _Run(Callback):
         self.resumed_from = checkpoint.step
         self._seconds_before = state["seconds"]
         logger.info("going on from %s", checkpoint.path)
+
+    def on_train_begin(self, trainer: Trainer, metrics: Metrics) -> None:
+        self.metrics.write(metrics)
 
     def on_step_end(self, trainer: Trainer, metrics: Metrics) -> None:
         self.metrics.write(metrics)
@@ -229,24 +246,28 @@ class _Run(Callback):
             facts={
                 "stage": self.stage,
                 "step": trainer.step,
-                "path": self.checkpoint.path.relative_to(self.folder),
+                "path": self._place(self.checkpoint.path),
                 "bytes": self.checkpoint.num_bytes,
             },
         )
         return self.checkpoint
+
+    def _place(self, path: Path) -> str:
+        """A path as the ledger names it: relative to its own folder."""
+        return os.path.relpath(path, self.ledger.folder)
 
     def finish(self) -> TrainResult:
         save_pretrained(self.model, self.folder / MODEL)
         plot_loss(self.folder)
         entries = read_metrics(self.folder)
         last = {key: entry[key] for entry in entries for key in ("train/loss", "eval/loss") if key in entry}
-        outputs = {"model": content_id(self.folder / MODEL)}
+        outputs = {"model": content_id(self.folder / MODEL), "metrics": content_id(self.metrics.path)}
         if self.checkpoint is not None:
             outputs["checkpoint"] = self.checkpoint.id
         facts: dict[str, Any] = {
             "stage": self.stage,
             "config": self.config.to_dict(),
-            "metrics": self.metrics.path.name,
+            "metrics": self._place(self.metrics.path),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "steps": self.trainer.step,
             "tokens": self.trainer.num_tokens,

@@ -1,6 +1,8 @@
 """Round trips and dequantisation with the gguf package as the oracle."""
 
+import functools
 import os
+import weakref
 
 import gguf
 import ml_dtypes
@@ -252,6 +254,32 @@ def test_nothing_to_dequantise():
 def test_writer_refuses(tmp_path, metadata, tensors, types, message):
     with pytest.raises(ArgumentError, match=message):
         write_gguf(tmp_path / "f", metadata, tensors, types)
+    assert os.listdir(tmp_path) == []
+
+
+def test_blocks_that_are_made_when_written(tmp_path):
+    """One at a time: the array of a tensor is gone before the next is made."""
+    rng = np.random.default_rng(0)
+    blocks = {f"t{i}": rng.integers(0, 256, (2, 36), np.uint8) for i in range(4)}
+    alive = []
+
+    def make(name):
+        assert not any(array() is not None for array in alive)
+        made = blocks[name].copy()
+        alive.append(weakref.ref(made))
+        return made
+
+    tensors = {name: GgufTensor(functools.partial(make, name), "Q4_0", (2, 64)) for name in blocks}
+    write_gguf(tmp_path / "made", {"k": 1}, tensors)
+    write_gguf(tmp_path / "given", {"k": 1}, {name: GgufTensor(blocks[name], "Q4_0", (2, 64)) for name in blocks})
+    assert len(alive) == 4
+    assert (tmp_path / "made").read_bytes() == (tmp_path / "given").read_bytes()
+
+
+@pytest.mark.parametrize("made", [np.zeros(17, np.uint8), np.zeros(18, np.int8), np.zeros((2, 18), np.uint8)])
+def test_made_blocks_of_another_size(tmp_path, made):
+    with pytest.raises(ArgumentError, match="tensors: expected 18 bytes of Q4_0 for 't'"):
+        write_gguf(tmp_path / "f", {}, {"t": GgufTensor(lambda: made, "Q4_0", (32,))})
     assert os.listdir(tmp_path) == []
 
 

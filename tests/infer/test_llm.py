@@ -96,7 +96,10 @@ def test_score_sums_the_chain(llm):
 def test_chat_uses_the_template(llm):
     messages = [{"role": "user", "content": "hi"}]
     ids = llm.chat_prompt(messages)
-    assert llm.tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        llm.tokenizer.decode(ids, skip_special_tokens=False)
+        == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
     completion = llm.chat(messages, GREEDY)
     assert completion.prompt_token_ids == ids
     assert "".join(p.text for p in llm.chat(messages, GREEDY, stream=True)) == completion.text

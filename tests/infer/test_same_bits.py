@@ -1,9 +1,9 @@
-"""Law 1: the logits of a token depend on the model and on the tokens before it in its own sequence, and on nothing else."""
+"""Law 1: the logits of a token depend on the model and the tokens before it in its own sequence, on nothing else."""
 
 import numpy as np
 import pytest
 
-from pyengine import LLM, _C
+from pyengine import _C, LLM
 
 FORMATS = ["float32", "bfloat16", "q8_0", "q4_1", "q4_0"]
 LENGTHS = [1, 2, 17, 64, 65, 130]

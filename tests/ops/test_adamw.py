@@ -180,16 +180,28 @@ def test_compiles_without_graph_break():
 
 
 @pytest.mark.parametrize("shared", [*itertools.combinations(range(5), 2)], ids=str)
-def test_overlapping_arguments_are_rejected(shared):
+@pytest.mark.parametrize(("first_at", "second_at"), [(0, 0), (0, 4), (9, 0), (0, 9)])
+def test_overlapping_arguments_are_rejected(shared, first_at, second_at):
     names = ["param", "grad", "exp_avg", "exp_avg_sq", "master"]
     memory = torch.zeros(1000)
     args = [torch.zeros(10, dtype=BF16), *(torch.zeros(10) for _ in range(4))]
     first, second = shared
-    args[first] = memory[:10].view(BF16)[:10] if first == 0 else memory[:10]
-    args[second] = memory[4:14]
+    args[first] = memory[first_at : first_at + 10]
+    if first == 0:  # half as wide, and at its end so that it meets all three neighbours
+        args[0] = args[0].view(BF16)[10:] if second_at > first_at else args[0].view(BF16)[:10]
+    args[second] = memory[second_at : second_at + 10]
     with pytest.raises(ArgumentError, match=rf"\[adamw\] {names[second]}: .* an overlap with {names[first]}$"):
         adamw_(*args, **HYPER, step=1)
     assert not memory.any()
+
+
+def test_neighbours_in_one_buffer_do_not_overlap():
+    memory = torch.randn(40).abs()
+    parts = [memory[10 * i : 10 * i + 10] for i in (3, 0, 2, 1)]
+    expected = _copy(parts)
+    adamw_(*parts, **HYPER, step=1)
+    adamw_(*expected, **HYPER, step=1)
+    assert_same_bits(parts[0], expected[0])
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

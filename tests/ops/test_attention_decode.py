@@ -60,7 +60,7 @@ def filled(lengths, num_kv_heads, head_dim, page_size, dtype, append=kv_append, 
     return cache, kv
 
 
-WINDOWS = (None, 1, 15, 16, 64, 65, 1000)
+WINDOWS = (None, 1, 15, 16, 64, 65, 2**63 - 1)
 
 
 @functools.cache

@@ -14,8 +14,8 @@ from pyengine.testing import LAYOUTS, assert_accurate, assert_same_bits, force_n
 from pyengine.testing.guard import guarded
 
 DTYPES = [torch.float32, torch.bfloat16]
-# (T, C, V): one element; vocabularies below, at and above a vector, a panel and a block; several tiles of tokens. With a
-# handful of tokens all errors hang on the roundings of so few lse that they compare luck, not accuracy.
+# (T, C, V): one element; vocabularies below, at and above a vector, a panel and a block; several tiles of tokens.
+# With a handful of tokens all errors hang on the roundings of so few lse that they compare luck, not accuracy.
 SIZES = [(1, 1, 1), (9, 17, 33), (13, 64, 511), (50, 65, 512), (49, 40, 1100), (0, 4, 5)]
 
 

@@ -12,10 +12,10 @@ from pyengine.testing import LAYOUTS, assert_accurate, assert_same_bits, force_i
 from pyengine.testing.guard import guarded
 
 # [T, H, D]: the smallest pair; halves one below, at and above a vector; a prime half; several tasks; nothing.
-SHAPES = [(1, 1, 2), (3, 2, 30), (3, 2, 32), (3, 2, 34), (5, 3, 74), (70, 9, 64), (0, 2, 8), (2, 0, 8)]
+SHAPES = [(1, 1, 2), (3, 2, 30), (3, 2, 32), (3, 2, 34), (5, 3, 74), (31, 9, 64), (0, 2, 8), (2, 0, 8)]
 NUM_POSITIONS = 100
-# Every layout of the input with a plain gradient, and every layout of the gradient with a plain input.
-LAYOUT_PAIRS = sorted({(name, "contiguous") for name in LAYOUTS} | {("contiguous", name) for name in LAYOUTS})
+# A gradient passes through the same kernel, so two layouts of it are enough.
+LAYOUT_PAIRS = [*((name, "contiguous") for name in LAYOUTS), ("contiguous", "transposed"), ("contiguous", "expanded")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 

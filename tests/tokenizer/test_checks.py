@@ -16,7 +16,7 @@ from pyengine.errors import ArgumentError, CapacityError, ModelFileError, PyEngi
 from pyengine.testing.tiny import write_tiny_tokenizer
 from pyengine.tokenizer import Tokenizer
 from pyengine.tokenizer.checks import find_backtracking
-from pyengine.tokenizer.gguf import _PRE_TOKENIZERS
+from pyengine.tokenizer.gguf import PRE_TOKENIZERS
 from pyengine.tokenizer.guard import typed_errors
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -317,5 +317,5 @@ def test_regexes_that_do_not(pattern: str) -> None:
 
 
 def test_known_pre_tokenizers_pass_the_check(good: dict[str, Any]) -> None:
-    for pre_tokenizer in _PRE_TOKENIZERS.values():
+    for pre_tokenizer in PRE_TOKENIZERS.values():
         Tokenizer(changed(good, "pre_tokenizer", pre_tokenizer))

@@ -15,6 +15,7 @@ from pyengine.train.checkpoint import (  # noqa: E402
     CheckpointError,
     latest_checkpoint,
     save_checkpoint,
+    verify_checkpoint,
 )
 
 pytestmark = pytest.mark.train
@@ -147,6 +148,8 @@ def test_death_at_every_call_leaves_a_whole_checkpoint(tmp_path, save_events):
         found = latest_checkpoint(folder)
         assert found.damaged == [], f"stopped at {stop_at}: {events[stop_at]}"
         assert_holds(found.checkpoint, 3 if stop_at > publish else 2)
+        for path in folder.glob("step-????????"):
+            verify_checkpoint(path)
         save(folder, 4)
         assert_holds(latest_checkpoint(folder).checkpoint, 4)
         assert not [name for name in steps_in(folder) if ".tmp-" in name], "leftovers are removed"

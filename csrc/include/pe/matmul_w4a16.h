@@ -7,13 +7,13 @@
 //            (q4_*) or q (q8_0), a group g of 32 k contributes
 //              s = fma(c[31], x[31], ... fma(c[1], x[1], fma(c[0], x[0], 0)))      k ascending
 //              total = fma(d, s, total)
-//              q4_1: total = fma(m', sum_x[g], total) with m' = fma(8, d, m), rounded once, since d*q + m = d*(q-8) +
-//              m'
+//              q4_1: total = fma(m', sum_x[g], total) with m' = fma(8, d, m), rounded once (d*q + m = d*(q-8) + m')
 //            groups ascending; sum_x is x[0..15] + x[16..31], then halves added until one is left
 // Writes     y is overwritten; it may not overlap x or the workspace
 // Order      an element of y depends on its row of x and its row of w alone, and its bits are the same on every ISA
-// level Cost       M = 1 streams the packed weights once; large M is bound by f32 fma, 2*M*N*K flops Reference
-// pyengine/reference/matmul_w4a16.py
+//            level
+// Cost       M = 1 streams the packed weights once; large M is bound by f32 fma, 2*M*N*K flops
+// Reference  pyengine/reference/matmul_w4a16.py
 #pragma once
 #include <cstdint>
 

@@ -8,12 +8,14 @@
 // Layout     a quantised row is int8 xq [K], then f32 dx [K/32], then int32 sum(xq) [K/32]; rows follow without gaps,
 //            the first one aligned to 4 bytes
 // Numerics   x and y f32 | bf16, each on its own. Per group g of 32 k, ascending:
-//              i = sum_k (q - z) * xq                          exact in int32; z = 8 (q4_0), 0 (q4_1; q unsigned), 0
-//              (q8_0) total = fma(float(i), d * dx, total) q4_1: total = fma(m * dx, float(sum(xq)), total)
+//              i = sum_k (q - z) * xq                       exact in int32; z = 8 (q4_0), 0 (q4_1; q unsigned), 0 (q8_0)
+//              total = fma(float(i), d * dx, total)
+//              q4_1: total = fma(m * dx, float(sum(xq)), total)
 //            one rounding at the store. Against matmul_w4a16 each x moves by at most dx / 2 (and one f32 rounding)
 // Writes     y is overwritten; it may not overlap x or the quantised rows
 // Order      an element of y depends on its row of x and its row of w alone, and its bits are the same on every ISA
-// level Cost       M = 1 streams the packed weights once; large M is bound by integer dot products, 2*M*N*K operations
+//            level
+// Cost       M = 1 streams the packed weights once; large M is bound by integer dot products, 2*M*N*K operations
 // Reference  pyengine/reference/matmul_w4a8.py
 #pragma once
 #include <cstdint>

@@ -16,6 +16,7 @@
 // Shapes     logits [B, V] f32, last dimension contiguous, row stride in elements; V >= 1; outputs contiguous
 // Numerics   steps 1 to 3 and s in f32, exact to the operation; weights f32; sums of a block of 4096 weights in f32, of
 //            blocks in double; lse as in simd/log_softmax.h. A logit of -inf is never drawn
+// Writes     outputs are overwritten; those of a row with a bad status are not written
 // Errors     per row, in `status`: a logit that is NaN or +inf; no logit above -inf. Other rows are not affected
 // Order      a row depends on its logits and its SampleRow alone: same bits for any batch and number of threads on one
 //            ISA level

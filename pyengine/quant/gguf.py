@@ -1,0 +1,203 @@
+"""A model as one GGUF file with its matrices in blocks."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from pyengine.errors import ArgumentError, CapacityError, ModelFileError
+from pyengine.families import family_of, gguf_metadata_from_spec
+from pyengine.formats import GgufTensor, open_gguf, quantize_q4_0, quantize_q4_1, quantize_q8_0, write_gguf
+from pyengine.formats.blocks import BLOCK_ELEMENTS
+from pyengine.infer.source import WeightSource, open_source
+from pyengine.ledger import content_id
+from pyengine.spec import ModelSpec
+from pyengine.tokenizer.gguf_writer import gguf_tokenizer_metadata
+
+# format -> its name in GGUF, and `general.file_type` of a file whose matrices have it
+FORMATS = {
+    "float32": ("F32", 0),
+    "bfloat16": ("BF16", 32),
+    "q8_0": ("Q8_0", 7),
+    "q4_1": ("Q4_1", 3),
+    "q4_0": ("Q4_0", 2),
+}
+_QUANTIZERS = {"q8_0": quantize_q8_0, "q4_1": quantize_q4_1, "q4_0": quantize_q4_0}
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_QUANTIZATION_VERSION = 2
+_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+# Metadata that a GGUF file hands on.
+_KEPT_KEYS = ("general.", "tokenizer.")
+# Values that are quantised at once: the temporaries of a large matrix would take several times its size.
+_CHUNK_VALUES = 1 << 21
+
+Progress = Callable[[str, int, int], None]
+"""Called as (name of the tensor in the file, parameters done, parameters in all), before the first and after each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeResult:
+    """What `quantize_to_gguf` wrote."""
+
+    path: str
+    weights: str
+    embedding: str
+    num_parameters: int
+    num_bytes: int
+    """Of the whole file: weights, norms, vocabulary and all."""
+    bits_per_weight: float
+    """8 * num_bytes / num_parameters."""
+    content_id: str
+    """Of the file, as ledgers name it."""
+
+
+def quantize_to_gguf(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    weights: str = "q4_1",
+    embedding: str = "q8_0",
+    search: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Write `model` as one GGUF file, whole or not at all.
+
+    The file holds what the folder held: `LLM(out)` gives the bits of `LLM(model, weights=...)` where `embedding` equals
+    `weights`. Blocks that are in the wanted format already are copied bit for bit. Norms are float32. Rope scaling of
+    the Llama 3 kind becomes one float32 factor per frequency, which is what GGUF has for it. Where the tokenizer of a
+    folder names a bos, eos or pad token other than config.json, the tokenizer's is written; of end tokens, both.
+    One tensor is in memory at a time.
+
+    Args:
+        model: a .gguf file, or a folder with config.json, tokenizer.json and model.safetensors.
+        out: the file to make or replace; may be `model` itself.
+        weights: "q4_1", "q4_0", "q8_0", "bfloat16" or "float32", the format of the matrices.
+        embedding: format of the embedding (which is the head, where the two are tied) and of lm_head.
+        search: choose the scales of each block for the least squared error; about 80 times the work.
+        progress: told of every tensor.
+
+    Raises:
+        ArgumentError: an unknown format; rows that do not divide into blocks; a model that GGUF cannot describe, such
+            as one with a sliding window; a path that cannot be written.
+        BackendUnavailable: a tokenizer that GGUF cannot describe, or stored weights in a format that is not read.
+        ModelFileError: a broken model, or a tokenizer with more ids than the embedding has rows.
+        CapacityError: the disk is full.
+    """
+    for argument, value in (("weights", weights), ("embedding", embedding)):
+        if value not in FORMATS:
+            raise ArgumentError(f"{argument}: expected one of {', '.join(FORMATS)}, got {value!r}")
+    if Path(out).is_dir():
+        raise ArgumentError(f"out: expected a file to write, got the folder {os.fspath(out)}")
+    source = open_source(model)
+    spec = source.spec
+    formats = {name: embedding if name in _EMBEDDINGS else weights for name in source.matrix_names()}
+    _check_rows(spec, formats)
+    metadata, types = _metadata(source)
+    metadata["general.file_type"] = FORMATS[weights][1]
+    metadata["general.quantization_version"] = _QUANTIZATION_VERSION
+
+    done, total = 0, spec.num_parameters()
+
+    def report(name: str, num_values: int) -> None:
+        nonlocal done
+        done += num_values
+        if progress is not None:
+            progress(name, done, total)
+
+    def make(name: str, stored_name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        report(stored_name, 0)
+        data = _encode(source, name, formats.get(name, "float32"), search)
+        report(stored_name, math.prod(shape))
+        return data
+
+    tensors: dict[str, npt.NDArray[Any] | GgufTensor] = {}
+    rope_freqs = family_of(spec).gguf_rope_freqs(spec)
+    if rope_freqs is not None:
+        tensors["rope_freqs.weight"] = rope_freqs
+    names, shapes = family_of(spec).gguf_tensor_names(spec), spec.tensor_shapes()
+    for name, stored_name in names.items():
+        data = partial(make, name, stored_name, shapes[name])
+        tensors[stored_name] = GgufTensor(data, FORMATS[formats.get(name, "float32")][0], shapes[name])
+    try:
+        write_gguf(out, metadata, tensors, types)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CapacityError(f"out: expected room for {os.fspath(out)}, got: {error.strerror}") from error
+        raise ArgumentError(f"out: expected a path to write, got {os.fspath(out)}: {error.strerror}") from error
+    num_bytes = os.path.getsize(out)
+    return QuantizeResult(
+        path=os.fspath(out),
+        weights=weights,
+        embedding=embedding,
+        num_parameters=total,
+        num_bytes=num_bytes,
+        bits_per_weight=8 * num_bytes / total,
+        content_id=content_id(out),
+    )
+
+
+def _check_rows(spec: ModelSpec, formats: dict[str, str]) -> None:
+    shapes = spec.tensor_shapes()
+    for name, wanted in formats.items():
+        if wanted in _QUANTIZERS and shapes[name][1] % BLOCK_ELEMENTS:
+            argument = "embedding" if name in _EMBEDDINGS else "weights"
+            raise ArgumentError(
+                f"{argument}: {wanted} needs rows of a multiple of {BLOCK_ELEMENTS} values, "
+                f"got {shapes[name][1]} in {name}"
+            )
+
+
+def _metadata(source: WeightSource) -> tuple[dict[str, Any], dict[str, str]]:
+    """Metadata and the types that its values do not show."""
+    architecture = gguf_metadata_from_spec(source.spec)
+    path = Path(source.path)
+    if not path.is_dir():
+        file = open_gguf(path)
+        kept = [key for key in file.metadata if key.startswith(_KEPT_KEYS) and key != "general.alignment"]
+        metadata = {key: file.metadata[key] for key in kept} | architecture
+        return metadata, {key: file.metadata_types[key] for key in kept}
+    template = source.chat_template()
+    tokenizer = gguf_tokenizer_metadata(
+        path, None if template is None else template.source, vocab_size=source.spec.vocab_size
+    )
+    prefix = "tokenizer.ggml."
+    ends = [tokenizer.get(f"{prefix}eos_token_id"), *source.spec.eos_token_ids]
+    ends = list(dict.fromkeys(token_id for token_id in ends if token_id is not None))
+    if len(ends) > 2:
+        raise ArgumentError(f"eos_token_ids: expected at most 2, which a GGUF file can say, got {ends}")
+    end_ids = {f"{prefix}{key}_token_id": token_id for key, token_id in zip(("eos", "eot"), ends, strict=False)}
+    metadata = {"general.name": path.resolve().name, **architecture, **tokenizer, **end_ids}
+    return metadata, {f"{prefix}merges": "array[string]", f"{prefix}token_type": "array[int32]"}
+
+
+def _encode(source: WeightSource, name: str, wanted: str, search: bool) -> npt.NDArray[np.uint8]:
+    """The weight as it stands in the file: uint8 [num_rows, row_bytes], rows in the order of GGUF."""
+    if source.stored_format(name) == wanted:
+        rows = source.raw(name)
+    else:
+        dense = source.dense(name)
+        table = dense.reshape(len(dense), -1)
+        step = max(1, _CHUNK_VALUES // table.shape[1])
+        try:
+            parts = [_convert(table[start : start + step], wanted, search) for start in range(0, len(table), step)]
+        except ArgumentError as error:
+            raise ModelFileError(source.path, None, name, str(error).removeprefix("weight: ")) from error
+        rows = np.concatenate(parts)
+    order = family_of(source.spec).gguf_row_order(source.spec, name)
+    return rows if order is None else rows[np.argsort(order)]
+
+
+def _convert(rows: npt.NDArray[np.float32], wanted: str, search: bool) -> npt.NDArray[np.uint8]:
+    if wanted in _QUANTIZERS:
+        return _QUANTIZERS[wanted](rows, search)
+    return np.ascontiguousarray(rows.astype(_DTYPES[wanted])).view(np.uint8)
