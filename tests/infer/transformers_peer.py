@@ -51,9 +51,9 @@ def from_source(source):
 
 
 @torch.inference_mode()
-def logits(model, token_ids):
-    """[T, vocab_size] in the dtype of the model."""
-    return model(torch.tensor([token_ids])).logits[0]
+def logits(model, token_ids, num_last=0):
+    """Logits after each token, or after the last `num_last`: [T, vocab_size] in the dtype of the model."""
+    return model(torch.tensor([token_ids]), logits_to_keep=num_last).logits[0]
 
 
 @torch.inference_mode()

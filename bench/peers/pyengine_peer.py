@@ -1,0 +1,73 @@
+"""pyengine as a worker. Every time includes its scheduler, sampler and detokeniser, as a user sees them."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+from serve import serve
+
+from pyengine import LLM, SamplingParams, _C, __version__
+
+
+class PyenginePeer:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._make = lambda: LLM(
+            args.model,
+            mode=args.options["mode"],
+            kv_dtype=args.options["kv_dtype"],
+            threads=args.threads,
+            max_context=1024,
+            cache_tokens=8192,
+        )
+        self._llm = self._make()
+
+    def info(self) -> dict[str, Any]:
+        explanation = self._llm.explain()
+        return {
+            "version": __version__,
+            "compiler": _C.build_info()["compiler"],
+            "isa": explanation.isa,
+            "kv_dtype": explanation.kv_dtype,
+            "bytes_per_token": explanation.bytes_per_token,
+        }
+
+    def load(self) -> float:
+        """Seconds from a path to a model that is ready."""
+        start = time.perf_counter()
+        self._make()
+        return time.perf_counter() - start
+
+    def prefill(self, prompt: list[int]) -> float:
+        """Seconds for a prompt and the token after it."""
+        start = time.perf_counter()
+        self._llm.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True))
+        return time.perf_counter() - start
+
+    def decode(self, prompts: list[list[int]], num_steps: int) -> float:
+        """Seconds for `num_steps` tokens of every prompt, after the first token of each."""
+        params = SamplingParams(max_tokens=1 + num_steps, ignore_eos=True)
+        pieces = self._llm._run(self._llm._sequences(list(prompts), params))
+        # The prompts fit into one step, so these are the first token of each.
+        for _ in prompts:
+            next(pieces)
+        start = time.perf_counter()
+        num_tokens = sum(len(piece.token_ids) for piece in pieces)
+        seconds = time.perf_counter() - start
+        if num_tokens != num_steps * len(prompts):
+            raise RuntimeError(f"expected {num_steps * len(prompts)} tokens, got {num_tokens}")
+        return seconds
+
+    def logits(self, token_ids: list[int], path: str) -> None:
+        """Writes float32 [T, vocab_size] to `path`."""
+        np.save(path, self._llm.logits(token_ids))
+
+    def profile(self) -> dict[str, Any]:
+        """Seconds by phase since the model was loaded."""
+        return self._llm.explain().profile
+
+
+if __name__ == "__main__":
+    serve(PyenginePeer)
