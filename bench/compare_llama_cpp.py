@@ -163,7 +163,9 @@ def report(
 ) -> None:
     print(table(rows, BASE))
     for worker in workers:
-        print(f"{worker.name}: peak memory {memory[worker.name] / 1e6:.0f} MB, KL {accuracy[worker.name]:.2g} nats/token")
+        print(
+            f"{worker.name}: peak memory {memory[worker.name] / 1e6:.0f} MB, KL {accuracy[worker.name]:.2g} nats/token"
+        )
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(HERE.parent),

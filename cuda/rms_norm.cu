@@ -1,10 +1,9 @@
 // One block per row; contract in csrc/include/pe/rms_norm.h.
-#include "pe/rms_norm.h"
-
 #include <cuda_runtime.h>
 
 #include "common/convert.cuh"
 #include "common/reduce.cuh"
+#include "pe/rms_norm.h"
 
 namespace pe {
 namespace {

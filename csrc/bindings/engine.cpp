@@ -1,6 +1,7 @@
 // The native decoder.
 #include <memory>
 
+#include "bindings/gil.h"
 #include "bindings/tensor.h"
 #include "engine/decoder.h"
 #include "runtime/error.h"
@@ -68,7 +69,7 @@ void add_matrix(Model& model, const std::string& slot, const std::string& format
   (void)packed_weight_bytes(format, num_rows, num_cols);
   kCheck.dtype(rows, "rows", {DType::u8});
   kCheck.contiguous(kCheck.shape(rows, "rows", {num_rows, weight_row_bytes(format, num_cols)}), "rows");
-  const py::gil_scoped_release release;
+  const GilRelease release;
   model.add_matrix(slot, format, rows.data, num_rows, num_cols);
 }
 
@@ -117,7 +118,7 @@ void step(Decoder& decoder, const Tensor& token_ids, const Tensor& seqs, const T
     step.target_logprobs =
         kCheck.writable(kCheck.contiguous(*target_logprobs, "target_logprobs"), "target_logprobs").ptr<float>();
   }
-  const py::gil_scoped_release release;
+  const GilRelease release;
   decoder.step(step);
 }
 

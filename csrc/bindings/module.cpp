@@ -5,8 +5,7 @@ namespace pe {
 #include "bind_declarations.inc"
 }
 
-// Kernels hold no Python state and the registries are filled at import, so the module needs no GIL of its own.
-PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
+PYBIND11_MODULE(_C, m) {
   using namespace pe;
 #include "bind_calls.inc"
 }

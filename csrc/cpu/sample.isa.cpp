@@ -80,9 +80,7 @@ inline float block_sum(const float* weights, int64_t n) {
   return sum(acc);
 }
 
-inline int64_t block_length(int64_t begin, int64_t n) {
-  return n - begin < kWeightBlock ? n - begin : kWeightBlock;
-}
+inline int64_t block_length(int64_t begin, int64_t n) { return n - begin < kWeightBlock ? n - begin : kWeightBlock; }
 
 double total_weight(const float* weights, int64_t n) {
   double total = 0.0;

@@ -17,7 +17,9 @@ struct SampleScratch {
   float* sorted_block_max;  // the same, largest first
 };
 
-static constexpr int64_t sample_num_blocks(int64_t vocab_size) { return (vocab_size + kSampleBlock - 1) / kSampleBlock; }
+static constexpr int64_t sample_num_blocks(int64_t vocab_size) {
+  return (vocab_size + kSampleBlock - 1) / kSampleBlock;
+}
 
 static inline SampleScratch divide_sample_scratch(void* memory, int64_t vocab_size) {
   SampleScratch s;

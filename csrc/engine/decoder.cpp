@@ -211,11 +211,12 @@ void Decoder::mark(Phases::Worker& worker, PhaseKind kind) {
 void Decoder::run(const Step& step, Phases::Worker& worker) {
   if (worker.index() == 0) last_mark_ = now();
   const ModelConfig& c = model_->config();
+  // Nothing has been multiplied yet, so the workspace is free for rows in f32.
+  float* unpacked = reinterpret_cast<float*>(workspace_);
   worker.run(static_cast<int64_t>(step.token_ids.size()), kRowGrain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>(c.hidden_size));
     for (int64_t t = begin; t < end; ++t)
       embed_row(model_->embed(), step.token_ids[static_cast<size_t>(t)], at(h_, t * c.hidden_size, c.act_dtype),
-                c.act_dtype, scratch.data());
+                c.act_dtype, unpacked + t * c.hidden_size);
   });
   mark(worker, PhaseKind::embed);
   layers(step, worker);
