@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from serve import serve
 
-from pyengine import LLM, SamplingParams, _C, __version__
+from pyengine import _C, LLM, SamplingParams, __version__
 
 
 class PyenginePeer:
