@@ -9,11 +9,11 @@ PATH is the Python of an environment with llama-cpp-python, built for this machi
       pip install --no-binary llama-cpp-python llama-cpp-python
 
 Each peer lives in a process of its own, which is stopped while another is timed. A round times every peer once, in
-rotating order; ratios are taken within a round. Probes of the machine surround every timed section, and a round in which
-one of them moved by more than 15 % is thrown away. The keys and values of all peers have 2 bytes each.
+rotating order; ratios are taken within a round. Probes of the machine surround every timed section, and a round in
+which one of them moved by more than 15 % is thrown away. The keys and values of all peers have 2 bytes each.
 
-Accuracy stands beside speed: KL is the mean over real text of the divergence from mode exact with a float32 cache, which
-tests/infer/test_smollm2.py holds to the accuracy of transformers in float32.
+Accuracy stands beside speed: KL is the mean over real text of the divergence from mode exact with a float32 cache,
+which tests/infer/test_smollm2.py holds to the accuracy of transformers in float32.
 
 A table goes to stdout, and as its last line the ratios as JSON. The whole record is appended to
 bench/results/compare_llama_cpp.jsonl, unless --quick.
@@ -163,9 +163,8 @@ def report(
 ) -> None:
     print(table(rows, BASE))
     for worker in workers:
-        print(
-            f"{worker.name}: peak memory {memory[worker.name] / 1e6:.0f} MB, KL {accuracy[worker.name]:.2g} nats/token"
-        )
+        name = worker.name
+        print(f"{name}: peak memory {memory[name] / 1e6:.0f} MB, KL {accuracy[name]:.2g} nats/token")
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(HERE.parent),

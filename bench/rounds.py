@@ -118,11 +118,8 @@ def table(rows: list[Row], base: str) -> str:
         for name, values in row.values.items():
             low, high = quartiles(values)
             best = max(values) if row.unit == "tok/s" else min(values)
-            ratio = (
-                ""
-                if name == base or base not in row.values
-                else "{:.2f}x [{:.2f}, {:.2f}]".format(*row.ratio(name, base))
-            )
+            has_ratio = name != base and base in row.values
+            ratio = "{:.2f}x [{:.2f}, {:.2f}]".format(*row.ratio(name, base)) if has_ratio else ""
             spread = f"{low:.4g} .. {high:.4g}"
             median = statistics.median(values)
             lines.append(f"{row.name:<22} {name:<16} {median:>9.4g} {spread:>19} {best:>9.4g} {row.unit:<6} {ratio}")

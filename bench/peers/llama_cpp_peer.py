@@ -1,4 +1,4 @@
-"""llama.cpp as a worker, through the low-level functions of llama-cpp-python: no sampler chain, no text, only argmax."""
+"""llama.cpp as a worker, through the low-level functions of llama-cpp-python: no sampler, no text, only argmax."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LlamaCppPeer:
         }
 
     def _step(self, tokens: list[tuple[int, int, int, bool]]) -> npt.NDArray[np.float32]:
-        """One llama_decode of (token, position, sequence, wants logits). Returns the logits asked for [R, vocab_size]."""
+        """One llama_decode of (token, position, sequence, wants logits). Returns the logits wanted [R, vocab_size]."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, (token, position, sequence, wanted) in enumerate(tokens):

@@ -81,8 +81,9 @@ def rows(llm):
     return [Row(*values) for values in zip(prompts, answers, exact, baseline, ours, strict=True)]
 
 
-def test_logits_err_no_more_than_twice_as_much_as_transformers(rows):
+def test_logits_err_no_more_than_twice_as_much_as_transformers(llm, rows):
     assert len(rows) == 20
+    assert llm.tokenizer.decode(rows[len(CHATS)].answer).startswith(" Paris")
     for row in rows:
         assert_accurate(torch.from_numpy(row.ours), torch.from_numpy(row.exact), torch.from_numpy(row.baseline))
 
