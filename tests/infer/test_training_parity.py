@@ -5,12 +5,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from infer.conftest import make_spec, write_model  # noqa: E402
-
 from pyengine import LLM  # noqa: E402
 from pyengine.models import from_pretrained  # noqa: E402
 from pyengine.spec import Llama3Scaling, RopeSpec  # noqa: E402
 from pyengine.testing import assert_same_bits  # noqa: E402
+from pyengine.testing.random_model import make_spec, write_model  # noqa: E402
 from pyengine.testing.smollm2 import smollm2_gguf  # noqa: E402
 
 pytestmark = pytest.mark.train
