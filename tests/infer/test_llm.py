@@ -264,6 +264,7 @@ def test_create_and_destroy_many(tiny):
 
 
 def test_explain_states_what_was_chosen(llm):
+    llm.generate([[1]], GREEDY)
     page = str(llm.explain())
     assert "15 x float32" in page
     assert llm.explain().profile["num_steps"] > 0
