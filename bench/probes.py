@@ -16,11 +16,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 
 STREAM_BYTES = 96 << 20
-REPEATS = 3
+REPEATS = 8
 
 
 class Probes:
-    """Rates on `num_threads` threads at once, each the best of three."""
+    """Rates on `num_threads` threads at once, each the best of eight."""
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads

@@ -15,7 +15,6 @@ from typing import Any
 
 from probes import largest_move
 
-MAX_PROBE_MOVE = 0.15
 Call = Callable[["Worker"], float]
 
 
@@ -79,9 +78,15 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def run_row(
-    row: Row, workers: list[Worker], call: Call, probe: Callable[[], dict[str, float]], num_rounds: int, *, strict: bool
+    row: Row,
+    workers: list[Worker],
+    call: Call,
+    probe: Callable[[], dict[str, float]],
+    num_rounds: int,
+    *,
+    max_move: float,
 ) -> None:
-    """Time `call` on every worker in each round. Rounds whose probes moved are thrown away (kept if not `strict`).
+    """Time `call` on every worker in each round. Rounds in which a probe moved by more than `max_move` are thrown away.
 
     Raises RuntimeError when three in four rounds had to be thrown away.
     """
@@ -98,7 +103,7 @@ def run_row(
             probes.append(probe())
             values[worker.name] = call(worker)
         probes.append(probe())
-        if strict and largest_move(probes) > MAX_PROBE_MOVE:
+        if largest_move(probes) > max_move:
             row.num_rejected += 1
             continue
         row.probes.append(probes)
