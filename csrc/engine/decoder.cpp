@@ -171,7 +171,6 @@ void Decoder::place(const Step& step) {
   for (size_t i = 0; i < order.size(); ++i)
     std::copy(cache_.pages(order[i]).begin(), cache_.pages(order[i]).end(),
               block_table_.begin() + static_cast<int64_t>(i) * block_table_stride_);
-  num_batch_seqs_ = static_cast<int64_t>(order.size());
 }
 
 void Decoder::step(const Step& step) {

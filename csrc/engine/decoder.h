@@ -81,7 +81,7 @@ class Decoder {
   uint8_t* workspace_;
   float* logits_;  // [kHeadRows, vocab_size]
   std::vector<int32_t> positions_, batch_seqs_, block_table_;
-  int64_t num_batch_seqs_ = 0, block_table_stride_ = 0;
+  int64_t block_table_stride_ = 0;
   std::unique_ptr<Arena> scratch_;  // of attention, scratch_bytes_ per worker
   uint8_t* scratch_base_ = nullptr;
   size_t scratch_bytes_ = 0;
