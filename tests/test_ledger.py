@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -230,20 +229,19 @@ def test_every_append_is_synced_before_it_is_reported(tmp_path: Path, monkeypatc
     assert len(synced) == 3
 
 
-def _append(folder: str, name: str, count: int) -> None:
-    with Ledger(folder) as ledger:
-        for index in range(count):
-            ledger.record("train", facts={"name": name, "index": index})
+APPEND = """
+import sys
+from pyengine.ledger import Ledger
+with Ledger(sys.argv[1]) as ledger:
+    for index in range(15):
+        ledger.record("train", facts={"name": sys.argv[2], "index": index})
+"""
 
 
 def test_several_processes_share_one_ledger(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_append, args=(str(tmp_path), name, 15)) for name in "abc"]
+    writers = [subprocess.Popen([sys.executable, "-c", APPEND, str(tmp_path), name]) for name in "abc"]
     for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
+        assert writer.wait() == 0
     entries = read(tmp_path)
     for name in "abc":
         assert [entry.facts["index"] for entry in entries if entry.facts["name"] == name] == list(range(15))

@@ -38,7 +38,7 @@ def _limit() -> None:
 
 def run_limited(paths: list[Path]) -> list[list[object]]:
     # The thread pools of numpy reserve address space for every core.
-    environment = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
+    environment = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [sys.executable, "-c", _CHILD], input=json.dumps([str(path) for path in paths]), capture_output=True, text=True,
         check=False, preexec_fn=_limit, env=environment,
