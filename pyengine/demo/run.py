@@ -295,6 +295,7 @@ class _Demo:
                 config.loop,
                 num_steps=num_steps,
                 eval_every=max(1, num_steps // 8),
+                eval_first=True,
                 checkpoint_every=max(1, num_steps // 2),
             ),
             schedule=replace(config.schedule, decay_steps=num_steps // 4),
@@ -373,7 +374,9 @@ class _Demo:
             seed=self.options.seed,
         )
         num_steps = self._calibrate(lambda folder: sft.run(replace(config, folder=folder)), self.options.sft_seconds)
-        config = replace(config, loop=replace(config.loop, num_steps=num_steps, eval_every=max(1, num_steps // 2)))
+        config = replace(
+            config, loop=replace(config.loop, num_steps=num_steps, eval_every=max(1, num_steps // 2), eval_first=True)
+        )
         self.tuned = sft.run(config, ledger=self.ledger)
         self._trained(self.tuned)
         losses = [float(entry["eval/loss"]) for entry in read_metrics(self.tuned.folder) if "eval/loss" in entry]

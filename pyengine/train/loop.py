@@ -31,13 +31,15 @@ class TrainingError(PyEngineError):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(Config):
-    """Sizes and intervals of a run. `num_*` count rows of the data and optimizer steps."""
+    """Sizes and intervals of a run. `num_*` count rows of the data and optimizer steps; `eval_first` also measures the
+    held-out loss before the first step."""
 
     num_steps: Annotated[int, Range(low=1)]
     rows_per_step: Annotated[int, Range(low=1)] = 8
     rows_per_micro_batch: Annotated[int, Range(low=1)] | None = None
     max_grad_norm: Annotated[float, Range(above=0.0)] | None = 1.0
     eval_every: Annotated[int, Range(low=1)] | None = None
+    eval_first: bool = False
     num_eval_rows: Annotated[int, Range(low=1)] = 32
     checkpoint_every: Annotated[int, Range(low=1)] | None = None
     keep_checkpoints: Annotated[int, Range(low=2)] = 2
@@ -137,13 +139,13 @@ class Trainer:
     def train(self) -> None:
         """Run until `config.num_steps` steps are done."""
         self.model.train()
-        every = self.config.eval_every
-        if self.step == 0 and self.eval_rows is not None and every is not None:
+        if self.config.eval_first and self.step == 0 and self.eval_rows is not None:
             for callback in self.callbacks:
                 callback.on_train_begin(self, {"step": 0, "tokens": 0, "eval/loss": self.evaluate()})
         while self.step < self.config.num_steps:
             metrics = self.train_step()
             is_last = self.step == self.config.num_steps
+            every = self.config.eval_every
             if self.eval_rows is not None and every is not None and (is_last or self.step % every == 0):
                 metrics["eval/loss"] = self.evaluate()
             self.last_metrics = metrics

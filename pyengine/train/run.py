@@ -261,7 +261,7 @@ class _Run(Callback):
         plot_loss(self.folder)
         entries = read_metrics(self.folder)
         last = {key: entry[key] for entry in entries for key in ("train/loss", "eval/loss") if key in entry}
-        outputs = {"model": content_id(self.folder / MODEL), "metrics": content_id(self.metrics.path)}
+        outputs = {"model": content_id(self.folder / MODEL)}
         if self.checkpoint is not None:
             outputs["checkpoint"] = self.checkpoint.id
         facts: dict[str, Any] = {
