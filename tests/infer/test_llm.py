@@ -260,7 +260,8 @@ def test_no_template_is_a_typed_error(tmp_path, tiny):
 
 def test_create_and_destroy_many(tiny):
     for _ in range(100):
-        LLM(tiny, cache_tokens=64).generate([[1]], SamplingParams(max_tokens=1))
+        completion = LLM(tiny, cache_tokens=64).generate([[1]], SamplingParams(max_tokens=1, ignore_eos=True))[0]
+        assert len(completion.token_ids) == 1
 
 
 def test_explain_states_what_was_chosen(llm):

@@ -172,7 +172,7 @@ def test_a_tied_head_that_equals_the_embedding_is_accepted(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
-    from_pretrained(tmp_path)
+    assert from_pretrained(tmp_path).spec.tie_word_embeddings
 
 
 @pytest.mark.parametrize("value", ["../model.safetensors", "/etc/passwd", 7])
