@@ -40,7 +40,8 @@ class DescriptionCheck:
             self._check_stage(stage, description.get(stage))
         self._check_post_processor(description.get("post_processor"))
         added = description.get("added_tokens") or []
-        return 1 + max(max(vocab.values()), *(entry["id"] for entry in added), 0)
+        ids: list[int] = [*vocab.values(), *(entry["id"] for entry in added)]
+        return 1 + max(ids)
 
     def fail(self, field: str, message: str) -> ModelFileError:
         return file_error(self.path, message, field=field)
