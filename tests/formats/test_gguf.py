@@ -283,6 +283,7 @@ def test_made_blocks_of_another_size(tmp_path, made):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_smollm2_against_the_package():
     path = smollm2_gguf()
     theirs = gguf.GGUFReader(path)
