@@ -1,5 +1,6 @@
 """After the benchmarks, one table: the providers of each case below one another, and their speed against torch."""
 
+import os
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,10 +25,12 @@ class Timing:
 
 
 TIMINGS = pytest.StashKey[list[Timing]]()
+LOAD_BEFORE = pytest.StashKey[float]()
 
 
 def pytest_configure(config):
     config.stash[TIMINGS] = []
+    config.stash[LOAD_BEFORE] = os.getloadavg()[0]
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +75,8 @@ def pytest_terminal_summary(terminalreporter, config):
     write(f"\n{_processor()}")
     write(f"pyengine: {_C.num_threads()} threads, {_C.active_isa()}")
     write(f"torch: {torch.get_num_threads()} threads, {torch.__version__}")
+    if (load := config.stash[LOAD_BEFORE]) > 0.5:
+        write(f"NOT QUIET: a load of {load:.1f} before the run. Threads then wait for one another; repeat it alone.")
     write("Times are medians; +- is the interquartile range: rows closer than that are equal.")
     write("x torch: how many times as fast as torch (as its fastest row where it has several).")
     for case, timings in groupby(config.stash[TIMINGS], key=lambda timing: timing.case):
