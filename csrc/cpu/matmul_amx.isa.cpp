@@ -94,8 +94,11 @@ void copy_x(const Matmul& a, int64_t row, int64_t num_rows, int64_t k, int64_t d
       continue;
     }
     memset(tiles[s], 0, sizeof tiles[s]);
-    for (int64_t r = 0; r < num_rows; ++r)
-      for (int64_t c = 0; c < num_cols; ++c) tiles[s][r][c] = x[r * a.x_row_stride + c * a.x_col_stride];
+    for (int64_t r = 0; r < num_rows; ++r, x += a.x_row_stride)
+      if (a.x_col_stride == 1)
+        memcpy(tiles[s][r], x, static_cast<size_t>(num_cols) * sizeof(bf16));
+      else
+        for (int64_t c = 0; c < num_cols; ++c) tiles[s][r][c] = x[c * a.x_col_stride];
   }
 }
 
@@ -177,6 +180,7 @@ void multiply(const Matmul& a, const Block& block, Buffers& buffers) {
 void tile(const Matmul& a, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
   if (a.x_dtype != DType::bf16 || a.w_dtype != DType::bf16)
     return avx512::matmul.tile(a, row_begin, row_end, panel_begin, panel_end);
+  if (row_begin == row_end) return;  // tiles have at least one row
   Buffers buffers;
   const int64_t num_rows = row_end - row_begin, tile_rows = min(num_rows, kTileRows);
   // One tile of rows reads few panels at a time, each in one stream.
