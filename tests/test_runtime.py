@@ -308,6 +308,7 @@ def test_build_info_has_the_facts():
     assert {"version", "compiler", "cpu", "num_threads"} | isa_facts == set(info)
     assert info["isa"] in info["available_isas"]
     assert info["available_isas"][0] == "scalar"
+    assert info["isa_emulation"] == "", "a build for tests, see PYENGINE_EMULATE_AMX; not one to measure or to ship"
 
 
 # --- fork -------------------------------------------------------------------------------------------------------------

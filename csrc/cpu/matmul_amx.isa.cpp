@@ -160,13 +160,13 @@ void multiply(const Matmul& a, const Block& block, Buffers& buffers) {
         unroll<kRows>([&](auto r) PE_INLINE {
           unroll<kPanels>([&](auto p) PE_INLINE { tile_load<accumulator<kPanels>(r, p)>(total(r, p), kTileRowBytes); });
         });
-        for (int64_t s = 0; s < num_steps; ++s)
+        // Copies, which stay in registers over instructions that touch memory.
+        const Rows left[2] = {rows[tile], rows[tile + kRows - 1]};
+        const TileBf16* right = buffers.w[panel - begin];
+        for (int64_t s = 0, steps = num_steps; s < steps; ++s)
           multiply_tiles<TileDot::bf16, kRows, kPanels>(
-              [&](int r) {
-                const Rows& from = rows[tile + r];
-                return TileRows{from.first + s * from.step, from.row_stride * 2};
-              },
-              [&](int p) { return TileRows{buffers.w[panel - begin + p][s], kTileRowBytes}; });
+              [=](int r) { return TileRows{left[r].first + s * left[r].step, left[r].row_stride * 2}; },
+              [=](int p) { return TileRows{right[p * kSteps + s], kTileRowBytes}; });
         unroll<kRows>([&](auto r) PE_INLINE {
           unroll<kPanels>([&](auto p)
                               PE_INLINE { tile_store<accumulator<kPanels>(r, p)>(total(r, p), kTileRowBytes); });

@@ -24,20 +24,22 @@ template <int kRows, int kPanels>
 void block(const MatmulW8A8& a, int64_t row, int64_t tile_rows, int64_t panel) {
   const int64_t panel_bytes = matmul_w8a8_num_steps(a.k) * kTileRowBytes, tail = a.k % kDepth, full = a.k - tail;
   const uint8_t* packed = a.packed + panel * panel_bytes;
-  const int8_t* x = a.x + row * a.x_row_stride;
-  const auto rows_of = [&](int r) { return x + r * tile_rows * a.x_row_stride; };
-  const auto panel_of = [&](int p) { return packed + p * panel_bytes; };
+  const int64_t x_row_stride = a.x_row_stride;
+  const int8_t* x = a.x + row * x_row_stride;
+  // By value, so that nothing is read again after an instruction that touches memory.
+  const auto rows_of = [=](int r) { return x + r * tile_rows * x_row_stride; };
+  const auto panel_of = [=](int p) { return packed + p * panel_bytes; };
   zero_accumulators<kRows, kPanels>();
   for (int64_t k = 0; k < full; k += kDepth) {
     const int64_t lines = k * kMatmulW8A8PanelRows;
     for (int p = 0; p < kPanels; ++p)
       for (int64_t i = 0; i < kTileBytes; i += 64) __builtin_prefetch(panel_of(p) + lines + kPrefetchBytes + i);
-    multiply_tiles<TileDot::s8u8, kRows, kPanels>([&](int r) { return TileRows{rows_of(r) + k, a.x_row_stride}; },
-                                                  [&](int p) { return TileRows{panel_of(p) + lines, kTileRowBytes}; });
+    multiply_tiles<TileDot::s8u8, kRows, kPanels>([=](int r) { return TileRows{rows_of(r) + k, x_row_stride}; },
+                                                  [=](int p) { return TileRows{panel_of(p) + lines, kTileRowBytes}; });
   }
   if (tail) {
     alignas(64) uint8_t left[kRows][kTileBytes], right[kPanels][kTileBytes];
-    for (int r = 0; r < kRows; ++r) copy_tile(rows_of(r) + full, a.x_row_stride, tile_rows, tail, left[r]);
+    for (int r = 0; r < kRows; ++r) copy_tile(rows_of(r) + full, x_row_stride, tile_rows, tail, left[r]);
     for (int p = 0; p < kPanels; ++p)
       copy_tile(panel_of(p) + full * kMatmulW8A8PanelRows, kTileRowBytes, matmul_w8a8_num_steps(tail), kTileRowBytes,
                 right[p]);
