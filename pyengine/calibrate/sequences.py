@@ -34,7 +34,8 @@ def read_sequences(
     """The first `max_tokens` tokens of a file, in sequences of at most `seq_len`.
 
     Args:
-        path: .jsonl with documents ("text") or conversations ("messages"), or else one text in UTF-8, of which the first 4 MiB are read.
+        path: .jsonl with documents ("text") or conversations ("messages"), or else one text in UTF-8, of which the
+            first 4 MiB are read.
         template: makes texts of conversations.
 
     Raises:
