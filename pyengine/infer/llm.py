@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,14 +106,13 @@ class LLM:
 
         A prompt is text or token ids. `params` is one for all, or one per prompt. Returns completions in order.
         """
-        sequences = self._sequences(_prompt_list(prompts), params)
-        for _ in self._run(sequences):
-            pass
+        sequences = self._sequences(_prompt_list(prompts), params, stream=False)
+        self._run(sequences)
         return [sequence.completion() for sequence in sequences]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextPiece]:
         """Complete one prompt piece by piece. Closing the iterator cancels the request."""
-        return self._run(self._sequences([prompt], params))
+        return self._stream(self._sequences([prompt], params, stream=True))
 
     @overload
     def chat(
@@ -198,13 +198,27 @@ class LLM:
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
-    def _run(self, sequences: list[Sequence]) -> Iterator[TextPiece]:
-        """Pieces of these sequences until all have finished. Others that run meanwhile share the steps."""
-        with self._lock:
+    def _run(self, sequences: list[Sequence]) -> None:
+        """Steps until all of these sequences have finished. Others that run meanwhile share the steps."""
+        with self._submitted(sequences):
+            running = sequences
+            while running:
+                with self._lock:
+                    # Another caller's step may have ended the last of them.
+                    running = [sequence for sequence in running if not sequence.has_ended]
+                    if running:
+                        self._scheduler.step()
+                for sequence in running:
+                    if sequence.failure is not None:
+                        raise sequence.failure
             for sequence in sequences:
-                self._scheduler.add(sequence)
-        try:
-            running = list(sequences)
+                if sequence.failure is not None:
+                    raise sequence.failure
+
+    def _stream(self, sequences: list[Sequence]) -> Iterator[TextPiece]:
+        """The same, piece by piece."""
+        with self._submitted(sequences):
+            running = sequences
             while running:
                 with self._lock:
                     if not any(sequence.inbox or sequence.failure for sequence in running):
@@ -218,21 +232,34 @@ class LLM:
                         raise sequence.failure
                 # Another caller's step may have finished a sequence whose last pieces are still to be taken.
                 running = [sequence for sequence in running if sequence.finish_reason is None or sequence.inbox]
+
+    @contextlib.contextmanager
+    def _submitted(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Queues sequences; takes back what is left of them at the end."""
+        with self._lock:
+            for sequence in sequences:
+                self._scheduler.add(sequence)
+        try:
+            yield
         finally:
             with self._lock:
                 for sequence in sequences:
                     self._scheduler.cancel(sequence)
 
     def _sequences(
-        self, prompts: list[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None,
+        *,
+        stream: bool,
     ) -> list[Sequence]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ArgumentError(f"params: expected one, or {len(prompts)}, one per prompt, got {len(params)}")
-        return [self._sequence(i, p, o) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
+        return [self._sequence(i, p, o, stream) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
 
-    def _sequence(self, index: int, prompt: Prompt, params: SamplingParams) -> Sequence:
+    def _sequence(self, index: int, prompt: Prompt, params: SamplingParams, stream: bool) -> Sequence:
         name = f"prompts[{index}]"
         ids = self._encode(prompt, name)
         if not ids:
@@ -241,13 +268,10 @@ class LLM:
                 raise ArgumentError(f"{name}: expected at least one token, got none, and the model has no bos token")
             ids = [start]
         self._check_length(len(ids) + 1, name)
-        for token in params.stop_token_ids:
-            if token >= self.spec.vocab_size:
-                raise ArgumentError(f"stop_token_ids: expected ids below {self.spec.vocab_size}, got {token}")
         room = self.max_context - len(ids)
         if params.max_tokens > room:
-            params = replace(params, max_tokens=room)
-        return Sequence.start(ids, params, self.tokenizer, self.spec.eos_token_ids)
+            params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+        return Sequence.start(ids, params, self.tokenizer, self.spec, stream=stream)
 
     def _encode(self, prompt: Prompt, name: str, *, add_special_tokens: bool = True) -> list[int]:
         if isinstance(prompt, str):

@@ -28,6 +28,8 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None
     """One entry per token, if asked for."""
+    stop_reason: int | str | None = None
+    """The stop string or the id of stop_token_ids that ended the text; None for the model's own end tokens."""
 
 
 @dataclass(frozen=True)

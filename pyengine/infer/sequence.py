@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from pyengine.errors import PyEngineError
+from pyengine import _C
+from pyengine.errors import ArgumentError, PyEngineError
 from pyengine.infer.outputs import Completion, FinishReason, TextPiece, TokenLogprobs
 from pyengine.infer.sampling_params import SamplingParams
+from pyengine.spec import ModelSpec
 from pyengine.tokenizer import StopStrings, StreamDecoder, Tokenizer
+
+# What a negative token id of the native sampler says.
+_DRAW_ERRORS = {
+    -1: "logits: expected numbers or -inf, got nan or inf",
+    -2: "logits: expected a token that may be drawn, got none: allowed_token_ids, bad_words and min_tokens exclude all",
+}
 
 
 @dataclass(eq=False)
@@ -18,30 +26,53 @@ class Sequence:
     prompt_token_ids: list[int]
     params: SamplingParams
     end_token_ids: frozenset[int]
-    decoder: StreamDecoder
+    tokenizer: Tokenizer
+    sample_state: _C.SampleState
+    decoder: StreamDecoder | None
+    """None where nobody asks for text before the end."""
     stop_strings: StopStrings
     slot: int | None = None
     """Number of the native sequence while it holds pages."""
     num_cached: int = 0
     """Tokens whose keys and values the cache holds."""
     token_ids: list[int] = field(default_factory=list)
-    text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
     inbox: deque[TextPiece] = field(default_factory=deque)
-    """Pieces that its caller has not taken yet."""
+    """Pieces that its caller has not taken yet; only of a stream."""
     failure: PyEngineError | None = None
+    pieces: list[str] = field(default_factory=list)
+    num_logprobs: int = field(init=False)
+    """How many alternatives the native sampler ranks for it; -1 for no log-probabilities at all."""
+
+    def __post_init__(self) -> None:
+        self.num_logprobs = -1 if self.params.logprobs is None else self.params.logprobs
 
     @classmethod
     def start(
-        cls, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]
+        cls, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, spec: ModelSpec, *, stream: bool
     ) -> Sequence:
-        end = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
-        return cls(prompt_token_ids, params, frozenset(end), StreamDecoder(tokenizer), StopStrings(params.stop))
+        """`stream`: pieces of text go to the inbox as they come."""
+        end = set(params.stop_token_ids) | (set() if params.ignore_eos else set(spec.eos_token_ids))
+        is_incremental = stream or bool(params.stop)
+        return cls(
+            prompt_token_ids,
+            params,
+            frozenset(end),
+            tokenizer,
+            _sample_state(prompt_token_ids, params, sorted(end), tokenizer, spec.vocab_size),
+            StreamDecoder(tokenizer, skip_special_tokens=params.skip_special_tokens) if is_incremental else None,
+            StopStrings(params.stop),
+        )
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finish_reason is not None or self.failure is not None
 
     def pending_token_ids(self, limit: int) -> list[int]:
         """The next tokens to feed, at most `limit`."""
@@ -51,32 +82,103 @@ class Sequence:
             return self.token_ids[self.num_cached - num_prompt : end - num_prompt]
         return (self.prompt_token_ids[self.num_cached :] + self.token_ids)[: end - self.num_cached]
 
-    def accept(self, logprobs: TokenLogprobs) -> TextPiece:
-        """Take the sampled token; returns the text that it makes certain."""
-        token_id = logprobs.token_id
-        if token_id in self.end_token_ids:
-            return self._finish("stop", [])
+    def accept(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
+        """Take the drawn token. True when it ended the sequence, which then has a finish_reason or a failure."""
+        if token_id < 0:
+            self.failure = ArgumentError(f"{_DRAW_ERRORS[token_id]} (after {self.num_tokens} tokens)")
+            return True
+        params = self.params
+        is_end = token_id in self.end_token_ids
+        if is_end:
+            self.finish_reason = "stop"
+            self.stop_reason = token_id if token_id in params.stop_token_ids else None
+            if not params.include_stop_str_in_output:
+                self._hand_out("", [])
+                return True
         self.token_ids.append(token_id)
-        if self.params.logprobs is not None:
+        if logprobs is not None:
             self.logprobs.append(logprobs)
-        piece = self.stop_strings.push(self.decoder.push(token_id))
-        self.text += piece
-        if self.stop_strings.match is not None:
-            return self._finish("stop", [token_id], piece)
-        if len(self.token_ids) >= self.params.max_tokens:
-            return self._finish("length", [token_id], piece)
-        return TextPiece(piece, [token_id])
-
-    def _finish(self, reason: FinishReason, token_ids: list[int], piece: str = "") -> TextPiece:
-        self.finish_reason = reason
-        if self.stop_strings.match is None:
-            rest = self.stop_strings.push(self.decoder.finish())
-            rest += self.stop_strings.finish()
-            self.text += rest
-            piece += rest
-        return TextPiece(piece, token_ids, self.completion())
+        piece = "" if self.decoder is None else self._push(self.decoder, token_id)
+        if self.finish_reason is None and len(self.token_ids) >= params.max_tokens:
+            self.finish_reason = "length"
+        self._hand_out(piece, [token_id])
+        return self.finish_reason is not None
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None
+        if self.decoder is None:
+            skip = self.params.skip_special_tokens
+            text = self.tokenizer.decode(self.token_ids, skip_special_tokens=skip)
+        else:
+            text = "".join(self.pieces)
         logprobs = self.logprobs if self.params.logprobs is not None else None
-        return Completion(self.prompt_token_ids, self.token_ids, self.text, self.finish_reason, logprobs)
+        return Completion(
+            self.prompt_token_ids, self.token_ids, text, self.finish_reason, logprobs, stop_reason=self.stop_reason
+        )
+
+    def _push(self, decoder: StreamDecoder, token_id: int) -> str:
+        """The text that the token makes certain; sets finish_reason where it completes a stop string."""
+        text = decoder.push(token_id)
+        if len(self.token_ids) <= self.params.min_tokens or not self.params.stop:
+            return text
+        text = self.stop_strings.push(text)
+        match = self.stop_strings.match
+        if match is not None:
+            self.finish_reason, self.stop_reason = "stop", match
+            if self.params.include_stop_str_in_output:
+                text += match
+        return text
+
+    def _hand_out(self, piece: str, token_ids: list[int]) -> None:
+        """Keep a piece of text, and the rest of it at the end; put it into the inbox."""
+        if self.decoder is None:
+            return
+        if self.finish_reason is not None and self.stop_strings.match is None:
+            piece += self._rest(self.decoder)
+        self.pieces.append(piece)
+        self.inbox.append(TextPiece(piece, token_ids, None if self.finish_reason is None else self.completion()))
+
+    def _rest(self, decoder: StreamDecoder) -> str:
+        rest = decoder.finish()
+        return self.stop_strings.push(rest) + self.stop_strings.finish()
+
+
+def _sample_state(
+    prompt_token_ids: list[int], params: SamplingParams, end: list[int], tokenizer: Tokenizer, vocab_size: int
+) -> _C.SampleState:
+    biases = dict(params.logit_bias)
+    for name, ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("logit_bias", biases),
+    ):
+        for token in ids:
+            if token >= vocab_size:
+                raise ArgumentError(f"{name}: expected ids below {vocab_size}, got {token}")
+    return _C.SampleState(
+        vocab_size,
+        temperature=params.temperature,
+        top_k=min(params.top_k, 2**31 - 1),
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        seed=params.seed,
+        sequence=0,
+        prompt_ids=prompt_token_ids,
+        bias_ids=list(biases),
+        biases=[float(bias) for bias in biases.values()],
+        allowed_ids=list(params.allowed_token_ids or ()),
+        end_ids=end,
+        min_tokens=params.min_tokens,
+        bad_words=_bad_words(params.bad_words, tokenizer),
+    )
+
+
+def _bad_words(words: tuple[str, ...], tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of every word at the beginning of a text and after a space."""
+    encodings = [
+        tokenizer.encode(prefix + word.lstrip(" "), add_special_tokens=False) for word in words for prefix in ("", " ")
+    ]
+    return sorted({tuple(ids): ids for ids in encodings if ids}.values())

@@ -138,6 +138,49 @@ def test_the_reference_keeps_what_transformers_keeps(settings):
         np.testing.assert_allclose(weights / weights.sum(), expected[r], rtol=1e-5)
 
 
+def test_the_reference_adjusts_as_transformers_does():
+    rng = np.random.default_rng(0)
+    words = [[3], [5, 6], [6, 6], [1, 2, 3], [9, 9, 9]]
+    biases = {4: 2.5, 7: -100.0, 199: 31.25}
+    end_ids = [2, 11]
+    num_banned = 0
+    for num_output in range(60):
+        logits = 3 * rng.standard_normal(200).astype(np.float32)
+        prompt, output = rng.integers(0, 12, 8).tolist(), rng.integers(0, 12, num_output).tolist()
+        processors = [
+            hf.MinNewTokensLengthLogitsProcessor(8, 20, end_ids, device="cpu"),
+            hf.SequenceBiasLogitsProcessor([[[i], bias] for i, bias in biases.items()]),
+            hf.RepetitionPenaltyLogitsProcessor(1.3),
+        ]
+        # Bad words look at the output alone.
+        scores = hf.NoBadWordsLogitsProcessor(words)(torch.tensor([output]), torch.from_numpy(logits)[None].clone())
+        for processor in processors:
+            scores = processor(torch.tensor([prompt + output]), scores)
+        banned = reference.banned_by_words(output, words)
+        num_banned += len(banned - {3})
+        adjusted = reference.adjust(
+            logits,
+            banned_ids=banned | set(end_ids if num_output < 20 else ()),
+            biases=biases,
+            repetition_penalty=1.3,
+            previous_ids=prompt + output,
+            num_prompt_ids=8,
+        )
+        np.testing.assert_array_equal(adjusted, scores[0].numpy())
+    assert num_banned > 5
+
+
+def test_the_reference_counts_the_output_alone():
+    """OpenAI's formula: logit - count * frequency_penalty - (count > 0) * presence_penalty."""
+    logits = np.arange(6, dtype=np.float32)
+    previous = [0, 1, 1, 1, 4, 5, 4, 4]
+    adjusted = reference.adjust(
+        logits, previous_ids=previous, num_prompt_ids=3, frequency_penalty=0.5, presence_penalty=0.25
+    )
+    counts = np.bincount(previous[3:], minlength=6)
+    np.testing.assert_array_equal(adjusted, logits - 0.5 * counts - 0.25 * (counts > 0))
+
+
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
 def test_chi_square_of_200k_draws(settings):
     logits = np.random.default_rng(3).standard_normal(64).astype(np.float32)
