@@ -22,6 +22,8 @@ SETTINGS = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
     "logprobs": {"temperature": 0.8, "logprobs": 5},
+    "penalties": {"temperature": 0.8, "repetition_penalty": 1.1, "frequency_penalty": 0.5},
+    "stop": {"stop": ("never in this text",)},
 }
 
 

@@ -146,11 +146,13 @@ void set_mask(SampleState& state, const Tensor& mask) {
 
 void bind_sampler(py::module_& m) {
   py::class_<SampleState, std::shared_ptr<SampleState>>(m, "SampleState")
-      .def(py::init(&make_state), py::arg("vocab_size"), py::kw_only(), py::arg("temperature"), py::arg("top_k"),
-           py::arg("top_p"), py::arg("min_p"), py::arg("repetition_penalty"), py::arg("frequency_penalty"),
-           py::arg("presence_penalty"), py::arg("seed"), py::arg("sequence"), py::arg("prompt_ids"),
-           py::arg("bias_ids"), py::arg("biases"), py::arg("allowed_ids"), py::arg("end_ids"), py::arg("min_tokens"),
-           py::arg("bad_words"))
+      .def(py::init(&make_state), py::arg("vocab_size"), py::kw_only(), py::arg("temperature") = 0.0f,
+           py::arg("top_k") = 0, py::arg("top_p") = 1.0f, py::arg("min_p") = 0.0f, py::arg("repetition_penalty") = 1.0f,
+           py::arg("frequency_penalty") = 0.0f, py::arg("presence_penalty") = 0.0f, py::arg("seed") = 0,
+           py::arg("sequence") = 0, py::arg("prompt_ids") = std::vector<int32_t>(),
+           py::arg("bias_ids") = std::vector<int32_t>(), py::arg("biases") = std::vector<float>(),
+           py::arg("allowed_ids") = std::vector<int32_t>(), py::arg("end_ids") = std::vector<int32_t>(),
+           py::arg("min_tokens") = 0, py::arg("bad_words") = std::vector<std::vector<int32_t>>())
       .def("set_mask", set_mask, py::arg("mask"))
       .def_property_readonly("num_output_ids", &SampleState::num_output_ids);
 

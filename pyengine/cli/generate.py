@@ -17,6 +17,8 @@ from pyengine.cli.options import engine_options, sampling_options
 @click.argument("prompts", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per completion.")
 @click.option("--logprobs", type=int, default=None, help="With --json: log-probabilities and this many alternatives.")
+@click.option("-n", "--n", type=int, default=1, show_default=True, help="Completions per prompt.")
+@click.option("--best-of", type=int, default=None, help="Draw this many and keep the n likeliest.")
 @engine_options
 @sampling_options
 def command(
@@ -24,6 +26,8 @@ def command(
     prompts: tuple[str, ...],
     as_json: bool,
     logprobs: int | None,
+    n: int,
+    best_of: int | None,
     weights: str,
     mode: str,
     threads: int | None,
@@ -39,15 +43,16 @@ def command(
     """
     from pyengine.infer import LLM, SamplingParams
 
-    params = SamplingParams(logprobs=logprobs, **sampling)
+    params = SamplingParams(logprobs=logprobs, n=n, best_of=best_of, **sampling)
     texts = list(prompts) or [line.rstrip("\n") for line in sys.stdin]
     llm = LLM(model, weights=weights, mode=mode, threads=threads, max_context=max_context)
-    if len(texts) == 1 and not as_json:
+    if len(texts) == 1 and params.num_drawn == 1 and not as_json:
         for piece in llm.stream(texts[0], params):
             click.echo(piece.text, nl=False)
         click.echo()
         return
-    for text, completion in zip(texts, llm.generate(texts, params), strict=True):
+    each = [text for text in texts for _ in range(n)]
+    for text, completion in zip(each, llm.generate(texts, params), strict=True):
         if as_json:
             click.echo(json.dumps({"prompt": text, **asdict(completion)}, ensure_ascii=False))
         else:

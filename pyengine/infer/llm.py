@@ -104,15 +104,22 @@ class LLM:
     ) -> list[Completion]:
         """Complete each prompt; prompts run together, and each gets the same bits as alone.
 
-        A prompt is text or token ids. `params` is one for all, or one per prompt. Returns completions in order.
+        A prompt is text or token ids. `params` is one for all, or one per prompt. Returns completions in order,
+        the n of a prompt side by side.
         """
-        sequences = self._sequences(_prompt_list(prompts), params, stream=False)
-        self._run(sequences)
-        return [sequence.completion() for sequence in sequences]
+        groups = self._start(_prompt_list(prompts), params, stream=False)
+        self._run([sequence for group in groups for sequence in group])
+        return [completion for group in groups for completion in _best(group)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextPiece]:
-        """Complete one prompt piece by piece. Closing the iterator cancels the request."""
-        return self._stream(self._sequences([prompt], params, stream=True))
+        """Complete one prompt piece by piece. Closing the iterator cancels the request.
+
+        The pieces of n completions come mixed; `index` tells which one a piece belongs to.
+        """
+        if params is not None and params.best_of is not None:
+            raise ArgumentError(f"best_of: expected None for a stream, got {params.best_of}")
+        (sequences,) = self._start([prompt], params, stream=True)
+        return self._stream(sequences)
 
     @overload
     def chat(
@@ -140,7 +147,7 @@ class LLM:
         stream: bool = False,
         **variables: Any,
     ) -> Completion | Iterator[TextPiece]:
-        """Answer a conversation, a list of {"role", "content"}, by the model's chat template.
+        """Answer a conversation, a list of {"role", "content"}, by the model's chat template; the first answer of n.
 
         `variables` go to the template (tools, documents, enable_thinking, ...).
         """
@@ -246,21 +253,22 @@ class LLM:
                 for sequence in sequences:
                     self._scheduler.cancel(sequence)
 
-    def _sequences(
+    def _start(
         self,
         prompts: list[Prompt],
         params: SamplingParams | SequenceOf[SamplingParams] | None,
         *,
         stream: bool,
-    ) -> list[Sequence]:
+    ) -> list[list[Sequence]]:
+        """The sequences of each prompt, checked; none runs yet."""
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ArgumentError(f"params: expected one, or {len(prompts)}, one per prompt, got {len(params)}")
-        return [self._sequence(i, p, o, stream) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
+        return [self._start_prompt(i, p, o, stream) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
 
-    def _sequence(self, index: int, prompt: Prompt, params: SamplingParams, stream: bool) -> Sequence:
-        name = f"prompts[{index}]"
+    def _start_prompt(self, position: int, prompt: Prompt, params: SamplingParams, stream: bool) -> list[Sequence]:
+        name = f"prompts[{position}]"
         ids = self._encode(prompt, name)
         if not ids:
             start = self.spec.bos_token_id
@@ -271,7 +279,16 @@ class LLM:
         room = self.max_context - len(ids)
         if params.max_tokens > room:
             params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
-        return Sequence.start(ids, params, self.tokenizer, self.spec, stream=stream)
+        sequences = [
+            Sequence.start(ids, params, self.tokenizer, self.spec, index=index, stream=stream)
+            for index in range(params.num_drawn)
+        ]
+        if params.prompt_logprobs is not None:
+            with self._lock:
+                logprobs = self._runner.prompt_logprobs(np.array(ids, np.int32), params.prompt_logprobs)
+            for sequence in sequences:
+                sequence.prompt_logprobs = logprobs
+        return sequences
 
     def _encode(self, prompt: Prompt, name: str, *, add_special_tokens: bool = True) -> list[int]:
         if isinstance(prompt, str):
@@ -287,6 +304,15 @@ class LLM:
     def _check_length(self, num_tokens: int, name: str) -> None:
         if num_tokens > self.max_context:
             raise ArgumentError(f"{name}: expected at most {self.max_context} tokens with the answer, got {num_tokens}")
+
+
+def _best(sequences: list[Sequence]) -> list[Completion]:
+    """The completions of one prompt that its caller gets."""
+    params = sequences[0].params
+    if params.best_of is not None:
+        # Stable: of equals, the first drawn.
+        sequences = sorted(sequences, key=lambda sequence: -sequence.rank_by(params.best_of_by))[: params.n]
+    return [sequence.completion() for sequence in sequences]
 
 
 def _prompt_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine import _C
+from pyengine.errors import ArgumentError
 from pyengine.infer.outputs import TokenLogprobs
 from pyengine.infer.sequence import Sequence
 
@@ -13,6 +14,8 @@ Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
 _NO_ROWS = np.empty(0, np.int32)
+# Rows of prompt logits that are in memory at a time.
+_MOST_RANKED_ROWS = 64
 
 
 class Runner:
@@ -53,6 +56,42 @@ class Runner:
         self._walk(token_ids, None, targets, out, first)
         return out[first:]
 
+    def prompt_logprobs(self, token_ids: Int32, num_top: int) -> list[TokenLogprobs | None]:
+        """Log-probability of every token of a sequence of its own after those before it, and the `num_top` likeliest
+        tokens in its place; None for the first."""
+        num_rows = len(token_ids) - 1
+        targets = np.ascontiguousarray(token_ids[1:])
+        if num_top == 0:
+            values = self.target_logprobs(token_ids[:-1], targets, 0).tolist() if num_rows else []
+            return [None, *map(TokenLogprobs, targets.tolist(), values)]
+        out: list[TokenLogprobs | None] = [None]
+        size = min(self.max_tokens, _MOST_RANKED_ROWS)
+        logits = np.empty((size, self.vocab_size), np.float32)
+        logprobs = np.empty(size, np.float32)
+        states = [_C.SampleState(self.vocab_size) for _ in range(size)]
+        seq = self.decoder.add_sequence()
+        try:
+            for begin in range(0, num_rows, size):
+                count = min(size, num_rows - begin)
+                self.decoder.grow(seq, count)
+                self.decoder.step(
+                    token_ids[begin : begin + count],
+                    np.full(count, seq, np.int32),
+                    np.arange(count, dtype=np.int32),
+                    logits=logits[:count],
+                    targets=targets[begin : begin + count],
+                    target_logprobs=logprobs[:count],
+                )
+                drawn = _C.draw(logits[:count], states[:count], num_top)
+                if min(drawn.token_ids) < 0:
+                    raise ArgumentError("logits: expected numbers or -inf, got nan or inf")
+                ranked = _logprobs(drawn, num_top, [num_top] * count)
+                entries = zip(targets[begin : begin + count].tolist(), logprobs[:count].tolist(), ranked, strict=True)
+                out += [TokenLogprobs(token, value, row.top) for token, value, row in entries if row is not None]
+        finally:
+            self.decoder.free_sequence(seq)
+        return out
+
     def _walk(
         self, token_ids: Int32, logits: Float32 | None, targets: Int32 | None, logprobs: Float32 | None, first: int = 0
     ) -> None:
@@ -81,11 +120,7 @@ def _logprobs(drawn: _C.Drawn, most: int, wanted: list[int]) -> list[TokenLogpro
     top_ids, top_logprobs = drawn.top_ids, drawn.top_logprobs
     out: list[TokenLogprobs | None] = []
     for row, (token_id, logprob, count) in enumerate(zip(drawn.token_ids, drawn.logprobs, wanted, strict=True)):
-        if count < 0:
-            out.append(None)
-            continue
-        begin, end = row * most, row * most + count
-        out.append(
-            TokenLogprobs(token_id, logprob, dict(zip(top_ids[begin:end], top_logprobs[begin:end], strict=True)))
-        )
+        top = slice(row * most, row * most + max(count, 0))
+        entry = TokenLogprobs(token_id, logprob, dict(zip(top_ids[top], top_logprobs[top], strict=True)))
+        out.append(None if count < 0 else entry)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pyengine.errors import ArgumentError
 
@@ -15,6 +15,7 @@ MAX_BAD_WORDS = 256
 MAX_BAD_WORD_LENGTH = 256
 MAX_LOGIT_BIASES = 4096
 MAX_LOGPROBS = 20
+MAX_COMPLETIONS = 256
 
 LogitBias = tuple[tuple[int, float], ...]
 
@@ -28,11 +29,19 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
 class SamplingParams:
     """Options of one generation; names and meanings as in vLLM.
 
+    Token ids are checked against the width of the logits when a request starts.
+
     The logits go through, in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty,
     frequency_penalty, presence_penalty, temperature, top_k, top_p, min_p. The draw is a pure function of (seed, number
     of the completion, position), so the same seed gives the same text whatever else runs.
     """
 
+    n: int = 1
+    """How many completions to return per prompt. The first of several is the only one of n = 1."""
+    best_of: int | None = None
+    """Draw this many completions per prompt and return the n with the highest log-probability, best first."""
+    best_of_by: Literal["total", "mean"] = "total"
+    """Compare the log-probability of the whole completion, or its mean over the tokens."""
     max_tokens: int = 128
     """Stop after this many new tokens (finish reason "length")."""
     min_tokens: int = 0
@@ -70,6 +79,8 @@ class SamplingParams:
     """Leave special tokens out of the text."""
     logprobs: int | None = None
     """Return the log-probability of each token, and of this many likeliest alternatives."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, but its first. They take a second pass over the prompt."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
@@ -81,8 +92,23 @@ class SamplingParams:
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
         self._check_numbers()
+        self._check_counts()
         self._check_tokens()
         self._check_texts()
+
+    @property
+    def num_drawn(self) -> int:
+        """How many completions are drawn per prompt."""
+        return self.n if self.best_of is None else self.best_of
+
+    def _check_counts(self) -> None:
+        ok = _is_int(self.n) and 1 <= self.n <= MAX_COMPLETIONS
+        _require(ok, "n", f"a whole number from 1 to {MAX_COMPLETIONS}", self.n)
+        ok = self.best_of is None or (_is_int(self.best_of) and self.n <= self.best_of <= MAX_COMPLETIONS)
+        _require(ok, "best_of", f"None or a whole number from n, {self.n}, to {MAX_COMPLETIONS}", self.best_of)
+        _require(self.best_of_by in ("total", "mean"), "best_of_by", "'total' or 'mean'", self.best_of_by)
+        name = "n" if self.best_of is None else "best_of"
+        _require(self.num_drawn == 1 or self.temperature > 0, name, "1 with temperature 0", self.num_drawn)
 
     def _check_numbers(self) -> None:
         _require(
@@ -108,8 +134,10 @@ class SamplingParams:
         _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "-2 to 2", self.frequency_penalty)
         _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "-2 to 2", self.presence_penalty)
         _require(_is_int(self.seed) and 0 <= self.seed < 2**64, "seed", "a whole number from 0 to 2**64 - 1", self.seed)
-        ok = self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS)
-        _require(ok, "logprobs", f"None or 0 to {MAX_LOGPROBS}", self.logprobs)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            ok = value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS)
+            _require(ok, name, f"None or 0 to {MAX_LOGPROBS}", value)
 
     def _check_tokens(self) -> None:
         for name in ("stop_token_ids", "allowed_token_ids"):

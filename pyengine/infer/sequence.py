@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pyengine import _C
 from pyengine.errors import ArgumentError, PyEngineError
 from pyengine.infer.outputs import Completion, FinishReason, TextPiece, TokenLogprobs
+from pyengine.infer.sample_state import make_sample_state
 from pyengine.infer.sampling_params import SamplingParams
 from pyengine.spec import ModelSpec
 from pyengine.tokenizer import StopStrings, StreamDecoder, Tokenizer
@@ -31,12 +33,17 @@ class Sequence:
     decoder: StreamDecoder | None
     """None where nobody asks for text before the end."""
     stop_strings: StopStrings
+    index: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     slot: int | None = None
     """Number of the native sequence while it holds pages."""
     num_cached: int = 0
     """Tokens whose keys and values the cache holds."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    """Of all tokens that were drawn, the one that ended the sequence included; as far as anybody asked."""
+    num_drawn: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     inbox: deque[TextPiece] = field(default_factory=deque)
@@ -47,13 +54,21 @@ class Sequence:
     """How many alternatives the native sampler ranks for it; -1 for no log-probabilities at all."""
 
     def __post_init__(self) -> None:
-        self.num_logprobs = -1 if self.params.logprobs is None else self.params.logprobs
+        default = -1 if self.params.best_of is None else 0
+        self.num_logprobs = default if self.params.logprobs is None else self.params.logprobs
 
     @classmethod
     def start(
-        cls, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, spec: ModelSpec, *, stream: bool
+        cls,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        spec: ModelSpec,
+        *,
+        index: int,
+        stream: bool,
     ) -> Sequence:
-        """`stream`: pieces of text go to the inbox as they come."""
+        """`index`: which of the completions of its prompt; `stream`: pieces of text go to the inbox as they come."""
         end = set(params.stop_token_ids) | (set() if params.ignore_eos else set(spec.eos_token_ids))
         is_incremental = stream or bool(params.stop)
         return cls(
@@ -61,9 +76,10 @@ class Sequence:
             params,
             frozenset(end),
             tokenizer,
-            _sample_state(prompt_token_ids, params, sorted(end), tokenizer, spec.vocab_size),
+            make_sample_state(prompt_token_ids, params, index, sorted(end), tokenizer, spec.vocab_size),
             StreamDecoder(tokenizer, skip_special_tokens=params.skip_special_tokens) if is_incremental else None,
             StopStrings(params.stop),
+            index=index,
         )
 
     @property
@@ -88,6 +104,9 @@ class Sequence:
             self.failure = ArgumentError(f"{_DRAW_ERRORS[token_id]} (after {self.num_tokens} tokens)")
             return True
         params = self.params
+        self.num_drawn += 1
+        if logprobs is not None:
+            self.cumulative_logprob += logprobs.logprob
         is_end = token_id in self.end_token_ids
         if is_end:
             self.finish_reason = "stop"
@@ -111,10 +130,21 @@ class Sequence:
             text = self.tokenizer.decode(self.token_ids, skip_special_tokens=skip)
         else:
             text = "".join(self.pieces)
-        logprobs = self.logprobs if self.params.logprobs is not None else None
         return Completion(
-            self.prompt_token_ids, self.token_ids, text, self.finish_reason, logprobs, stop_reason=self.stop_reason
+            self.prompt_token_ids,
+            self.token_ids,
+            text,
+            self.finish_reason,
+            None if self.params.logprobs is None else self.logprobs,
+            stop_reason=self.stop_reason,
+            index=self.index,
+            cumulative_logprob=None if self.num_logprobs < 0 else self.cumulative_logprob,
+            prompt_logprobs=self.prompt_logprobs,
         )
+
+    def rank_by(self, kind: Literal["total", "mean"]) -> float:
+        """What `best_of` compares."""
+        return self.cumulative_logprob / (1 if kind == "total" else self.num_drawn)
 
     def _push(self, decoder: StreamDecoder, token_id: int) -> str:
         """The text that the token makes certain; sets finish_reason where it completes a stop string."""
@@ -136,49 +166,9 @@ class Sequence:
         if self.finish_reason is not None and self.stop_strings.match is None:
             piece += self._rest(self.decoder)
         self.pieces.append(piece)
-        self.inbox.append(TextPiece(piece, token_ids, None if self.finish_reason is None else self.completion()))
+        completion = None if self.finish_reason is None else self.completion()
+        self.inbox.append(TextPiece(piece, token_ids, completion, self.index))
 
     def _rest(self, decoder: StreamDecoder) -> str:
         rest = decoder.finish()
         return self.stop_strings.push(rest) + self.stop_strings.finish()
-
-
-def _sample_state(
-    prompt_token_ids: list[int], params: SamplingParams, end: list[int], tokenizer: Tokenizer, vocab_size: int
-) -> _C.SampleState:
-    biases = dict(params.logit_bias)
-    for name, ids in (
-        ("stop_token_ids", params.stop_token_ids),
-        ("allowed_token_ids", params.allowed_token_ids or ()),
-        ("logit_bias", biases),
-    ):
-        for token in ids:
-            if token >= vocab_size:
-                raise ArgumentError(f"{name}: expected ids below {vocab_size}, got {token}")
-    return _C.SampleState(
-        vocab_size,
-        temperature=params.temperature,
-        top_k=min(params.top_k, 2**31 - 1),
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        frequency_penalty=params.frequency_penalty,
-        presence_penalty=params.presence_penalty,
-        seed=params.seed,
-        sequence=0,
-        prompt_ids=prompt_token_ids,
-        bias_ids=list(biases),
-        biases=[float(bias) for bias in biases.values()],
-        allowed_ids=list(params.allowed_token_ids or ()),
-        end_ids=end,
-        min_tokens=params.min_tokens,
-        bad_words=_bad_words(params.bad_words, tokenizer),
-    )
-
-
-def _bad_words(words: tuple[str, ...], tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of every word at the beginning of a text and after a space."""
-    encodings = [
-        tokenizer.encode(prefix + word.lstrip(" "), add_special_tokens=False) for word in words for prefix in ("", " ")
-    ]
-    return sorted({tuple(ids): ids for ids in encodings if ids}.values())

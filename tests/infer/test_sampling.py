@@ -7,29 +7,6 @@ from pyengine import _C, LLM, SamplingParams
 from pyengine.errors import ArgumentError
 from pyengine.reference import sample as reference
 
-DEFAULTS = {
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "seed": 0,
-    "sequence": 0,
-    "prompt_ids": [0],
-    "bias_ids": [],
-    "biases": [],
-    "allowed_ids": [],
-    "end_ids": [],
-    "min_tokens": 0,
-    "bad_words": [],
-}
-
-
-def make_state(vocab_size, **options):
-    return _C.SampleState(vocab_size, **(DEFAULTS | options))
-
 
 def draw_one(logits, state):
     return _C.draw(np.asarray(logits, np.float32)[None], [state], -1).token_ids[0]
@@ -98,7 +75,7 @@ def expected_draw(logits, options, output, grammar):
 def test_equals_the_reference_step_by_step(isa, vocab_size):
     rng = np.random.default_rng(vocab_size)
     options = [random_options(rng, vocab_size) for _ in range(40)]
-    states = [make_state(vocab_size, **o) for o in options]
+    states = [_C.SampleState(vocab_size, **o) for o in options]
     outputs = [[] for _ in options]
     num_checked = num_masked = 0
     for _ in range(25):
@@ -130,7 +107,7 @@ def test_equals_the_reference_step_by_step(isa, vocab_size):
 def test_a_row_is_the_same_alone_and_in_a_batch(isa):
     rng = np.random.default_rng(1)
     options = [random_options(rng, 90) for _ in range(30)]
-    together, alone = ([make_state(90, **o) for o in options] for _ in range(2))
+    together, alone = ([_C.SampleState(90, **o) for o in options] for _ in range(2))
     for _ in range(10):
         logits = rng.standard_normal((30, 90)).astype(np.float32)
         batch = _C.draw(logits, together, 3)
@@ -144,7 +121,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(isa):
 
 def test_a_mask_reaches_the_last_token_and_holds_for_one_draw(isa):
     for vocab_size in (1, 31, 32, 33, 100):
-        state = make_state(vocab_size)
+        state = _C.SampleState(vocab_size)
         logits = np.arange(vocab_size, 0, -1)
         for token in range(vocab_size):
             state.set_mask(bits(np.arange(vocab_size) == token))
@@ -156,7 +133,7 @@ def test_a_row_that_cannot_be_drawn_does_not_touch_the_others(isa):
     logits = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
     logits[1, 7] = np.nan
     logits[2] = -np.inf
-    states = [make_state(50) for _ in range(4)]
+    states = [_C.SampleState(50) for _ in range(4)]
     assert _C.draw(logits, states, -1).token_ids == [int(logits[0].argmax()), -1, -2, int(logits[3].argmax())]
     assert [state.num_output_ids for state in states] == [1, 0, 0, 1]
 
@@ -165,7 +142,7 @@ def test_nan_under_a_mask_is_still_an_error(isa):
     logits = np.zeros(64, np.float32)
     logits[40] = np.nan
     for allowed in (np.arange(64) < 32, np.arange(64) != 40):
-        state = make_state(64)
+        state = _C.SampleState(64)
         state.set_mask(bits(allowed))
         assert draw_one(logits, state) == -1
 
@@ -184,11 +161,11 @@ def test_nan_under_a_mask_is_still_an_error(isa):
 )
 def test_a_bad_state_is_named(options, message):
     with pytest.raises(ArgumentError, match=message):
-        make_state(50, **options)
+        _C.SampleState(50, **options)
 
 
 def test_bad_calls_are_named():
-    state = make_state(50)
+    state = _C.SampleState(50)
     for mask in (np.zeros(1, np.int32), np.zeros(3, np.int32)):
         with pytest.raises(ArgumentError, match="mask: expected 2 words"):
             state.set_mask(mask)
@@ -198,9 +175,9 @@ def test_bad_calls_are_named():
     with pytest.raises(ArgumentError, match="states: expected each once, got row 1 again"):
         _C.draw(logits, [state, state], -1)
     with pytest.raises(ArgumentError, match="states: expected vocabularies of 50, got 49 at row 1"):
-        _C.draw(logits, [state, make_state(49)], -1)
+        _C.draw(logits, [state, _C.SampleState(49)], -1)
     with pytest.raises(ArgumentError, match="num_logprobs: expected at most 50, got 51"):
-        _C.draw(logits, [state, make_state(50)], 51)
+        _C.draw(logits, [state, _C.SampleState(50)], 51)
 
 
 # --- through LLM ------------------------------------------------------------------------------------------------------
@@ -291,6 +268,21 @@ def test_min_tokens_puts_the_end_off(llm):
     assert other.stop_reason == 30
 
 
+def test_bad_words_begin_in_the_output(isa):
+    """The penalty makes the native side keep the prompt too."""
+    state = _C.SampleState(9, prompt_ids=[1, 2], bad_words=[[2, 3], [3, 4]], repetition_penalty=1.5)
+    assert draw_one([0, 0, 0, 5, 4, 0, 0, 0, 0], state) == 3
+    assert draw_one([0, 0, 0, 0, 5, 4, 0, 0, 0], state) == 5
+
+
+def test_min_tokens_counts_tokens(llm):
+    plain = complete(llm)
+    texts = [llm.tokenizer.decode([token]) for token in plain.token_ids]
+    index, stop = next((i, t) for i, t in enumerate(texts) if i > 5 and t.isascii() and plain.text.count(t) == 1)
+    assert complete(llm, stop=(stop,), min_tokens=index).stop_reason == stop
+    assert complete(llm, stop=(stop,), min_tokens=index + 1).stop_reason is None
+
+
 def test_min_tokens_puts_stop_strings_off(llm):
     plain = complete(llm)
     stop = plain.text[3:5]
@@ -334,6 +326,7 @@ MIXED = [
     {"frequency_penalty": 1.0, "presence_penalty": 0.5, "logprobs": 2},
     {"logit_bias": {7: 3.0, 9: -5.0}, "min_tokens": 8, "ignore_eos": False},
     {"allowed_token_ids": tuple(range(40, 200)), "bad_words": ("e", "th")},
+    {"logprobs": 4, "top_k": 30},
     {"stop": ("e",), "include_stop_str_in_output": True, "min_tokens": 5},
 ]
 
@@ -403,4 +396,118 @@ def test_ids_are_checked_against_the_width_of_the_logits(llm, name):
 def test_bad_options_are_named(options):
     (name,) = options
     with pytest.raises(ArgumentError, match=rf"^{name}: expected .*, got "):
+        SamplingParams(**options)
+
+
+# --- several completions ----------------------------------------------------------------------------------------------
+
+
+def complete_all(llm, prompts=(PROMPT,), **options):
+    return llm.generate(list(prompts), SamplingParams(**(BASE | options)))
+
+
+def test_the_first_of_n_is_the_only_one_of_one(llm):
+    four = complete_all(llm, n=4)
+    assert [c.index for c in four] == [0, 1, 2, 3]
+    assert four[:1] == complete_all(llm)
+    assert four[:3] == complete_all(llm, n=3)
+    assert len({tuple(c.token_ids) for c in four}) == 4
+
+
+def test_completion_i_draws_from_counter_i(llm):
+    for completion in complete_all(llm, n=3, max_tokens=5):
+        ids = list(PROMPT)
+        for token in completion.token_ids:
+            draw = reference.sample_row(
+                llm.logits(ids)[-1], seed=BASE["seed"], sequence=completion.index, position=len(ids)
+            )
+            assert draw.margin > 1e-5
+            assert token == draw.token
+            ids.append(token)
+
+
+def test_n_of_several_prompts_stand_side_by_side(tiny, llm):
+    prompts = [PROMPT, [7, 8], [300]]
+    params = [SamplingParams(**(BASE | {"n": n, "max_tokens": 12})) for n in (2, 1, 3)]
+    got = llm.generate(prompts, params)
+    assert [(c.prompt_token_ids, c.index) for c in got] == [
+        (PROMPT, 0), (PROMPT, 1), ([7, 8], 0), ([300], 0), ([300], 1), ([300], 2)
+    ]  # fmt: skip
+    alone = [c for prompt, option in zip(prompts, params, strict=True) for c in llm.generate([prompt], option)]
+    assert got == alone
+    assert got == LLM(tiny, cache_tokens=64, page_size=16).generate(prompts, params)
+
+
+def test_a_stream_of_n_mixes_pieces_by_index(llm):
+    params = SamplingParams(**(BASE | {"n": 3}))
+    pieces = list(llm.stream(PROMPT, params))
+    expected = llm.generate([PROMPT], params)
+    for completion in expected:
+        mine = [piece for piece in pieces if piece.index == completion.index]
+        assert mine[-1].completion == completion
+        assert "".join(piece.text for piece in mine) == completion.text
+    with pytest.raises(ArgumentError, match="best_of: expected None for a stream, got 2"):
+        llm.stream(PROMPT, SamplingParams(temperature=1.0, best_of=2))
+
+
+def score_with_end(llm, completion):
+    """Log-probability of every token that was drawn, the end token included."""
+    ids = completion.token_ids + [2] * (completion.finish_reason == "stop")
+    return llm.score([completion.prompt_token_ids], [ids])[0].logprobs
+
+
+def test_best_of_keeps_the_likeliest(llm):
+    options = {"ignore_eos": False, "logit_bias": {2: 5.0}, "temperature": 1.5}
+    drawn = complete_all(llm, n=12, **options)
+    assert {c.finish_reason for c in drawn} == {"stop", "length"}
+    scores = {c.index: score_with_end(llm, c) for c in drawn}
+    for by, key in (("total", sum), ("mean", lambda values: sum(values) / len(values))):
+        best = complete_all(llm, n=5, best_of=12, best_of_by=by, **options)
+        assert [c.index for c in best] == sorted(scores, key=lambda i: -key(scores[i]))[:5]
+        for completion in best:
+            assert completion.cumulative_logprob == pytest.approx(sum(scores[completion.index]), abs=1e-3)
+            assert completion.logprobs is None
+            assert completion.token_ids == drawn[completion.index].token_ids
+
+
+def test_cumulative_logprob_is_the_sum(llm):
+    completion = complete(llm, logprobs=0)
+    assert completion.cumulative_logprob == pytest.approx(sum(t.logprob for t in completion.logprobs))
+    assert complete(llm).cumulative_logprob is None
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 70])
+def test_prompt_logprobs_are_those_of_score(tiny, num_tokens):
+    llm = LLM(tiny, max_batch_tokens=16)
+    prompt = np.random.default_rng(num_tokens).integers(3, 384, num_tokens).tolist()
+    for count in (0, 3):
+        first, *rest = complete(llm, prompt, prompt_logprobs=count, max_tokens=1).prompt_logprobs
+        assert first is None
+        assert [entry.token_id for entry in rest] == prompt[1:]
+        assert [entry.logprob for entry in rest] == llm.score([prompt[:1]], [prompt[1:]])[0].logprobs
+        for entry, logits in zip(rest, llm.logits(prompt), strict=False):
+            logprobs = reference.log_softmax(logits)
+            order = np.argsort(-logits, kind="stable")[:count]
+            assert list(entry.top) == order.tolist()
+            assert list(entry.top.values()) == pytest.approx(logprobs[order].tolist(), abs=1e-5)
+    assert complete(llm, prompt, max_tokens=1).prompt_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, "n: expected a whole number from 1 to 256, got 0"),
+        ({"n": 257}, "n: expected a whole number from 1 to 256, got 257"),
+        ({"n": 2}, "n: expected 1 with temperature 0, got 2"),
+        (
+            {"n": 3, "best_of": 2, "temperature": 1.0},
+            "best_of: expected None or a whole number from n, 3, to 256, got 2",
+        ),
+        ({"best_of": 2}, "best_of: expected 1 with temperature 0, got 2"),
+        ({"best_of_by": "length"}, "best_of_by: expected 'total' or 'mean', got 'length'"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs: expected None or 0 to 20, got 21"),
+    ],
+)
+def test_bad_counts_are_named(options, message):
+    with pytest.raises(ArgumentError, match=f"^{message}$"):
         SamplingParams(**options)
