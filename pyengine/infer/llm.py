@@ -15,6 +15,7 @@ import numpy as np
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.infer.explain import Explanation, explain
+from pyengine.infer.grammar import GrammarCompiler
 from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
 from pyengine.infer.outputs import Completion, Score, TextPiece
 from pyengine.infer.runner import Runner
@@ -71,6 +72,7 @@ class LLM:
         self._loaded: LoadedModel = load_model(model, options)
         self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size)
         self._scheduler = Scheduler(self._runner)
+        self._grammars = GrammarCompiler(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
         self._lock = threading.Lock()
 
     @classmethod
@@ -279,8 +281,17 @@ class LLM:
         room = self.max_context - len(ids)
         if params.max_tokens > room:
             params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+        outputs = params.structured_outputs
         sequences = [
-            Sequence.start(ids, params, self.tokenizer, self.spec, index=index, stream=stream)
+            Sequence.start(
+                ids,
+                params,
+                self.tokenizer,
+                self.spec,
+                index=index,
+                stream=stream,
+                grammar=None if outputs is None else self._grammars.compile(outputs),
+            )
             for index in range(params.num_drawn)
         ]
         if params.prompt_logprobs is not None:

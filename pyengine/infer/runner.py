@@ -38,6 +38,9 @@ class Runner:
         """
         num_logprobs = [sequence.num_logprobs for sequence in sequences]
         most = max(num_logprobs, default=-1)
+        for sequence in sequences:
+            if sequence.grammar is not None:
+                sequence.sample_state.set_mask(sequence.grammar.mask())
         drawn = self._sampler.step(token_ids, slots, rows, [sequence.sample_state for sequence in sequences], most)
         ids = drawn.token_ids
         if most < 0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pyengine.errors import ArgumentError
+from pyengine.infer.structured_outputs import StructuredOutputs
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -31,9 +32,9 @@ class SamplingParams:
 
     Token ids are checked against the width of the logits when a request starts.
 
-    The logits go through, in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty,
-    frequency_penalty, presence_penalty, temperature, top_k, top_p, min_p. The draw is a pure function of (seed, number
-    of the completion, position), so the same seed gives the same text whatever else runs.
+    The logits go through, in this order: structured_outputs and allowed_token_ids, bad_words, min_tokens, logit_bias,
+    repetition_penalty, frequency_penalty, presence_penalty, temperature, top_k, top_p, min_p. The draw is a pure
+    function of (seed, number of the completion, position), so the same seed gives the same text whatever else runs.
     """
 
     n: int = 1
@@ -79,6 +80,8 @@ class SamplingParams:
     """Leave special tokens out of the text."""
     logprobs: int | None = None
     """Return the log-probability of each token, and of this many likeliest alternatives."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the text must be: a JSON schema, a regular expression, a choice, a grammar."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt, but its first. They take a second pass over the prompt."""
 
@@ -95,6 +98,10 @@ class SamplingParams:
         self._check_counts()
         self._check_tokens()
         self._check_texts()
+        if self.structured_outputs is not None:
+            ok = isinstance(self.structured_outputs, StructuredOutputs)
+            _require(ok, "structured_outputs", "StructuredOutputs", self.structured_outputs)
+            _require(not self.ignore_eos, "ignore_eos", "False with structured_outputs", True)
 
     @property
     def num_drawn(self) -> int:

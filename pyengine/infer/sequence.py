@@ -8,6 +8,7 @@ from typing import Literal
 
 from pyengine import _C
 from pyengine.errors import ArgumentError, PyEngineError
+from pyengine.infer.grammar import Grammar
 from pyengine.infer.outputs import Completion, FinishReason, TextPiece, TokenLogprobs
 from pyengine.infer.sample_state import make_sample_state
 from pyengine.infer.sampling_params import SamplingParams
@@ -17,7 +18,8 @@ from pyengine.tokenizer import StopStrings, StreamDecoder, Tokenizer
 # What a negative token id of the native sampler says.
 _DRAW_ERRORS = {
     -1: "logits: expected numbers or -inf, got nan or inf",
-    -2: "logits: expected a token that may be drawn, got none: allowed_token_ids, bad_words and min_tokens exclude all",
+    -2: "logits: expected a token that may be drawn, got none: structured_outputs, "
+    "allowed_token_ids, bad_words and min_tokens exclude all",
 }
 
 
@@ -34,6 +36,7 @@ class Sequence:
     """None where nobody asks for text before the end."""
     stop_strings: StopStrings
     index: int = 0
+    grammar: Grammar | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     slot: int | None = None
     """Number of the native sequence while it holds pages."""
@@ -67,6 +70,7 @@ class Sequence:
         *,
         index: int,
         stream: bool,
+        grammar: Grammar | None = None,
     ) -> Sequence:
         """`index`: which of the completions of its prompt; `stream`: pieces of text go to the inbox as they come."""
         end = set(params.stop_token_ids) | (set() if params.ignore_eos else set(spec.eos_token_ids))
@@ -80,6 +84,7 @@ class Sequence:
             StreamDecoder(tokenizer, skip_special_tokens=params.skip_special_tokens) if is_incremental else None,
             StopStrings(params.stop),
             index=index,
+            grammar=grammar,
         )
 
     @property
@@ -101,7 +106,8 @@ class Sequence:
     def accept(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
         """Take the drawn token. True when it ended the sequence, which then has a finish_reason or a failure."""
         if token_id < 0:
-            self.failure = ArgumentError(f"{_DRAW_ERRORS[token_id]} (after {self.num_tokens} tokens)")
+            self.failure = None if self.grammar is None else self.grammar.error()
+            self.failure = self.failure or ArgumentError(f"{_DRAW_ERRORS[token_id]} (after {self.num_tokens} tokens)")
             return True
         params = self.params
         self.num_drawn += 1
@@ -117,6 +123,8 @@ class Sequence:
         self.token_ids.append(token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
+        if self.grammar is not None and self.grammar.accept(token_id):
+            self.finish_reason = "stop"
         piece = "" if self.decoder is None else self._push(self.decoder, token_id)
         if self.finish_reason is None and len(self.token_ids) >= params.max_tokens:
             self.finish_reason = "length"
