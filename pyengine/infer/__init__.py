@@ -1,5 +1,6 @@
 """Inference: `LLM`, sampling options, results. Nothing here imports torch."""
 
+from pyengine.infer.beam_search import BeamSearchParams
 from pyengine.infer.grammar import StructuredOutputError
 from pyengine.infer.llm import LLM
 from pyengine.infer.outputs import Completion, Score, TextPiece, TokenLogprobs
@@ -8,6 +9,7 @@ from pyengine.infer.structured_outputs import StructuredOutputs
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "Completion",
     "SamplingParams",
     "Score",

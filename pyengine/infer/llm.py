@@ -14,6 +14,7 @@ import numpy as np
 
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
+from pyengine.infer.beam_search import BeamSearchParams, beam_search
 from pyengine.infer.explain import Explanation, explain
 from pyengine.infer.grammar import GrammarCompiler
 from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
@@ -163,6 +164,48 @@ class LLM:
         text = self.chat_template.render(messages, add_generation_prompt=True, **variables)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def beam_search(
+        self, prompts: Prompt | SequenceOf[Prompt], params: BeamSearchParams | None = None
+    ) -> list[Completion]:
+        """The likeliest completions of each prompt, `beam_width` side by side, best first; `index` is the rank.
+
+        Every step computes each beam as a prompt of its own.
+        """
+        options = params or BeamSearchParams()
+        return [
+            completion
+            for position, prompt in enumerate(_prompt_list(prompts))
+            for completion in self._search(self._prompt_ids(prompt, f"prompts[{position}]"), options)
+        ]
+
+    def _search(self, prompt_ids: list[int], params: BeamSearchParams) -> list[Completion]:
+        end = () if params.ignore_eos else self.spec.eos_token_ids
+        num_logprobs = min(params.num_candidates(len(end)), self.spec.vocab_size)
+
+        def next_logprobs(beams: list[list[int]]) -> list[dict[int, float]]:
+            one = SamplingParams(max_tokens=1, ignore_eos=True)
+            sequences = [
+                Sequence.start(prompt_ids + ids, one, self.tokenizer, self.spec, index=0, stream=False) for ids in beams
+            ]
+            for sequence in sequences:
+                sequence.num_logprobs = num_logprobs
+            self._run(sequences)
+            return [sequence.logprobs[0].top for sequence in sequences]
+
+        params = replace(params, max_tokens=min(params.max_tokens, self.max_context - len(prompt_ids)))
+        return [
+            Completion(
+                prompt_ids,
+                beam.token_ids,
+                self.tokenizer.decode(beam.token_ids),
+                "length" if beam.end_token_id is None else "stop",
+                None,
+                index=rank,
+                cumulative_logprob=beam.logprob,
+            )
+            for rank, beam in enumerate(beam_search(next_logprobs, end, params))
+        ]
+
     # --- scoring ------------------------------------------------------------------------------------------------------
 
     def score(self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt]) -> list[Score]:
@@ -270,14 +313,7 @@ class LLM:
         return [self._start_prompt(i, p, o, stream) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
 
     def _start_prompt(self, position: int, prompt: Prompt, params: SamplingParams, stream: bool) -> list[Sequence]:
-        name = f"prompts[{position}]"
-        ids = self._encode(prompt, name)
-        if not ids:
-            start = self.spec.bos_token_id
-            if start is None:
-                raise ArgumentError(f"{name}: expected at least one token, got none, and the model has no bos token")
-            ids = [start]
-        self._check_length(len(ids) + 1, name)
+        ids = self._prompt_ids(prompt, f"prompts[{position}]")
         room = self.max_context - len(ids)
         if params.max_tokens > room:
             params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
@@ -300,6 +336,17 @@ class LLM:
             for sequence in sequences:
                 sequence.prompt_logprobs = logprobs
         return sequences
+
+    def _prompt_ids(self, prompt: Prompt, name: str) -> list[int]:
+        """The tokens of a prompt that leaves room for an answer; at least one."""
+        ids = self._encode(prompt, name)
+        if not ids:
+            start = self.spec.bos_token_id
+            if start is None:
+                raise ArgumentError(f"{name}: expected at least one token, got none, and the model has no bos token")
+            ids = [start]
+        self._check_length(len(ids) + 1, name)
+        return ids
 
     def _encode(self, prompt: Prompt, name: str, *, add_special_tokens: bool = True) -> list[int]:
         if isinstance(prompt, str):
