@@ -328,6 +328,25 @@ def test_touches_no_byte_outside_its_tensors(isa, vocab_size, at_end):
         assert_same_bits(a.token_ids, b.token_ids)
 
 
+@pytest.mark.parametrize("vocab_size", [1, 7, 31, 32, 33, 64, 129])
+@pytest.mark.parametrize("at_end", [True, False])
+def test_masks_and_penalties_touch_no_byte_outside_the_logits(isa, vocab_size, at_end):
+    logits = torch.randn(3, vocab_size)
+    masks = torch.randint(-(2**31), 2**31, (3, -(-vocab_size // 32)), dtype=torch.int32)
+    masks[:, 0] = masks[:, 0] | 1
+    drawn = []
+    for x in (guarded(logits, at_end=at_end), logits):
+        states = [
+            _C.SampleState(vocab_size, temperature=1.0, seed=i, repetition_penalty=1.5, presence_penalty=0.5)
+            for i in range(3)
+        ]
+        for state, mask in zip(states, masks, strict=True):
+            state.set_mask(mask)
+        drawn.append([*_C.draw(x, states, 1).token_ids, *_C.draw(x, states, 0).token_ids])
+    assert drawn[0] == drawn[1]
+    assert min(drawn[0]) >= 0
+
+
 def test_no_rows():
     out = _draw(torch.empty(0, 5), num_logprobs=2)
     assert [tuple(t.shape) for t in out] == [(0,), (0,), (0, 2), (0, 2)]
