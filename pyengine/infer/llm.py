@@ -20,6 +20,7 @@ from pyengine.infer.grammar import GrammarCompiler
 from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
 from pyengine.infer.outputs import Completion, Score, TextPiece
 from pyengine.infer.runner import Runner
+from pyengine.infer.sample_state import encode_bad_words
 from pyengine.infer.sampling_params import SamplingParams
 from pyengine.infer.scheduler import Scheduler
 from pyengine.infer.sequence import Sequence
@@ -318,6 +319,7 @@ class LLM:
         if params.max_tokens > room:
             params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
         outputs = params.structured_outputs
+        bad_words = encode_bad_words(params.bad_words, self.tokenizer)
         sequences = [
             Sequence.start(
                 ids,
@@ -326,6 +328,7 @@ class LLM:
                 self.spec,
                 index=index,
                 stream=stream,
+                bad_words=bad_words,
                 grammar=None if outputs is None else self._grammars.compile(outputs),
             )
             for index in range(params.num_drawn)

@@ -13,7 +13,7 @@ def make_sample_state(
     params: SamplingParams,
     index: int,
     end: list[int],
-    tokenizer: Tokenizer,
+    bad_words: list[list[int]],
     vocab_size: int,
 ) -> _C.SampleState:
     """Settings and history of one sequence; `end` are the tokens that end it, `index` is the counter of its draws.
@@ -46,11 +46,11 @@ def make_sample_state(
         allowed_ids=list(params.allowed_token_ids or ()),
         end_ids=end,
         min_tokens=params.min_tokens,
-        bad_words=_bad_words(params.bad_words, tokenizer),
+        bad_words=bad_words,
     )
 
 
-def _bad_words(words: tuple[str, ...], tokenizer: Tokenizer) -> list[list[int]]:
+def encode_bad_words(words: tuple[str, ...], tokenizer: Tokenizer) -> list[list[int]]:
     """The tokens of every word at the beginning of a text and after a space."""
     encodings = [
         tokenizer.encode(prefix + word.lstrip(" "), add_special_tokens=False) for word in words for prefix in ("", " ")

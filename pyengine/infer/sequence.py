@@ -70,9 +70,11 @@ class Sequence:
         *,
         index: int,
         stream: bool,
+        bad_words: list[list[int]] | None = None,
         grammar: Grammar | None = None,
     ) -> Sequence:
-        """`index`: which of the completions of its prompt; `stream`: pieces of text go to the inbox as they come."""
+        """`index`: which of the completions of its prompt; `stream`: pieces of text go to the inbox as they come;
+        `bad_words`: the tokens of those of `params`."""
         end = set(params.stop_token_ids) | (set() if params.ignore_eos else set(spec.eos_token_ids))
         is_incremental = stream or bool(params.stop)
         return cls(
@@ -80,7 +82,7 @@ class Sequence:
             params,
             frozenset(end),
             tokenizer,
-            make_sample_state(prompt_token_ids, params, index, sorted(end), tokenizer, spec.vocab_size),
+            make_sample_state(prompt_token_ids, params, index, sorted(end), bad_words or [], spec.vocab_size),
             StreamDecoder(tokenizer, skip_special_tokens=params.skip_special_tokens) if is_incremental else None,
             StopStrings(params.stop),
             index=index,
@@ -97,11 +99,12 @@ class Sequence:
 
     def pending_token_ids(self, limit: int) -> list[int]:
         """The next tokens to feed, at most `limit`."""
-        num_prompt = len(self.prompt_token_ids)
-        end = min(self.num_cached + limit, self.num_tokens)
-        if self.num_cached >= num_prompt:
-            return self.token_ids[self.num_cached - num_prompt : end - num_prompt]
-        return (self.prompt_token_ids[self.num_cached :] + self.token_ids)[: end - self.num_cached]
+        begin = self.num_cached - len(self.prompt_token_ids)
+        if begin >= 0:
+            return self.token_ids[begin : begin + limit]
+        chunk = self.prompt_token_ids[self.num_cached : self.num_cached + limit]
+        # A sequence that gave its pages back computes its own tokens again.
+        return chunk + self.token_ids[: limit - len(chunk)]
 
     def accept(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
         """Take the drawn token. True when it ended the sequence, which then has a finish_reason or a failure."""

@@ -268,6 +268,19 @@ def test_min_tokens_puts_the_end_off(llm):
     assert other.stop_reason == 30
 
 
+def test_bad_words_are_encoded_once_for_all_completions(llm, monkeypatch):
+    calls = []
+    encode = type(llm.tokenizer).encode
+
+    def count(self, text, **options):
+        calls.append(text)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(llm.tokenizer), "encode", count)
+    complete_all(llm, n=5, max_tokens=2, bad_words=("ab", " cd"))
+    assert sorted(calls) == [" ab", " cd", "ab", "cd"]
+
+
 def test_bad_words_begin_in_the_output(isa):
     """The penalty makes the native side keep the prompt too."""
     state = _C.SampleState(9, prompt_ids=[1, 2], bad_words=[[2, 3], [3, 4]], repetition_penalty=1.5)
