@@ -97,7 +97,8 @@ class GrammarCompiler:
         special = [token for token in tokenizer.special_ids if token < vocab_size]
         self._plain = ~_bits(special, vocab_size)
         self._end = _bits(eos_token_ids, vocab_size)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the grammars that are kept, which wait for no compilation
+        self._compile_lock = threading.Lock()
         self._worker: _GrammarProcess | None = None
         self._library: Any = None
         self._ll_tokenizer: Any = None
@@ -108,13 +109,15 @@ class GrammarCompiler:
         llguidance."""
         with self._lock:
             matcher = self._compiled.get(structured_outputs)
-            if matcher is None:
+        if matcher is None:
+            with self._compile_lock:
                 self._prepare()
                 matcher = self._compile(self._source(structured_outputs))
-                self._compiled[structured_outputs] = matcher
-                if len(self._compiled) > MAX_CACHED_GRAMMARS:
-                    self._compiled.popitem(last=False)
+        with self._lock:
+            self._compiled[structured_outputs] = matcher
             self._compiled.move_to_end(structured_outputs)
+            if len(self._compiled) > MAX_CACHED_GRAMMARS:
+                self._compiled.popitem(last=False)
             plain = self._plain if structured_outputs.grammar is None else None
             return Grammar(matcher.deep_copy(), plain, self._end)
 

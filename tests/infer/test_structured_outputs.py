@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from pyengine import LLM, SamplingParams
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.infer import StructuredOutputError, StructuredOutputs
-from pyengine.infer.grammar import GrammarCompiler, GrammarLimits
+from pyengine.infer.grammar import MAX_CACHED_GRAMMARS, GrammarCompiler, GrammarLimits
 from pyengine.tokenizer.stream import token_bytes
 
 needs_library = pytest.mark.skipif(importlib.util.find_spec("llguidance") is None, reason="needs llguidance")
@@ -308,6 +309,35 @@ def test_without_the_library_the_error_says_what_to_install(tiny, monkeypatch):
 def test_a_model_without_an_end_token_is_refused(llm):
     with pytest.raises(ArgumentError, match="expected a model with an end token"):
         GrammarCompiler(llm.tokenizer, 384, ()).compile(StructuredOutputs(choice=("a",)))
+
+
+@needs_library
+def test_a_known_grammar_waits_for_no_compilation(llm):
+    known, unknown = StructuredOutputs(choice=("a", "b")), StructuredOutputs(choice=("c",))
+    llm._grammars.compile(known)
+    done = []
+    with llm._grammars._compile_lock:
+        threads = [
+            threading.Thread(target=lambda form=form: done.append((form, llm._grammars.compile(form))))
+            for form in (unknown, known)
+        ]
+        for thread in threads:
+            thread.start()
+        threads[1].join(timeout=60)
+        assert [form for form, _ in done] == [known]
+    threads[0].join(timeout=60)
+    assert [form for form, _ in done] == [known, unknown]
+
+
+@needs_library
+def test_the_grammars_that_are_kept_are_few(llm):
+    compiler = GrammarCompiler(llm.tokenizer, 384, (EOS,))
+    forms = [StructuredOutputs(choice=(f"text {i}",)) for i in range(MAX_CACHED_GRAMMARS + 3)]
+    for form in forms:
+        compiler.compile(form)
+        compiler.compile(forms[0])
+    assert list(compiler._compiled) == [*forms[4:], forms[0]]
+    compiler.close()
 
 
 @needs_library
