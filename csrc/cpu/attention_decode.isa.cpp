@@ -6,6 +6,13 @@
 namespace pe::PE_ISA {
 namespace {
 
+// The keys or values of one lane block, into the second-level cache.
+template <class C>
+void prefetch_lanes(const C* first, int64_t head_dim) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(C));
+  for (int64_t i = 0; i < kLaneKeys * head_dim; i += kLine) __builtin_prefetch(first + i, 0, 2);
+}
+
 template <class T, class C>
 void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, int64_t row_end, void* scratch) {
   const int64_t group_size = a.num_heads / a.num_kv_heads, head_begin = kv_head * group_size;
@@ -24,13 +31,23 @@ void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, i
   const int32_t* pages = a.block_table + a.seq[row_begin] * a.block_table_stride;
   const C* k_pages = static_cast<const C*>(a.k_pages);
   const C* v_pages = static_cast<const C*>(a.v_pages);
+  const auto place = [&](int64_t key, const C** k, const C** v) {
+    const int64_t page = pages[key / a.page_size];
+    const int64_t offset = (kv_head * a.page_size + key % a.page_size) * a.head_dim;
+    *k = k_pages + page * a.k_page_stride + offset;
+    *v = v_pages + page * a.v_page_stride + offset;
+  };
+  const int64_t num_keys = int64_t{a.position[row_end - 1]} + 1;
   attend<C>(rows, a.scale, [&](int64_t base, int64_t key_begin, int64_t key_end) {
     KvBlock<C> kv{.k = {}, .v = {}, .v_row_stride = a.head_dim};
-    for (int64_t b = (key_begin - base) / kLaneKeys; base + b * kLaneKeys < key_end; ++b) {
-      const int64_t key = base + b * kLaneKeys, page = pages[key / a.page_size];
-      const int64_t offset = (kv_head * a.page_size + key % a.page_size) * a.head_dim;
-      kv.k[b] = k_pages + page * a.k_page_stride + offset;
-      kv.v[b] = v_pages + page * a.v_page_stride + offset;
+    for (int64_t b = (key_begin - base) / kLaneKeys; base + b * kLaneKeys < key_end; ++b)
+      place(base + b * kLaneKeys, &kv.k[b], &kv.v[b]);
+    // Pages lie anywhere, so no hardware foresees the next block.
+    for (int64_t key = base + kBlockKeys; key < min_of(base + 2 * kBlockKeys, num_keys); key += kLaneKeys) {
+      const C *k, *v;
+      place(key, &k, &v);
+      prefetch_lanes(k, a.head_dim);
+      prefetch_lanes(v, a.head_dim);
     }
     return kv;
   });
