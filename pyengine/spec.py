@@ -86,6 +86,19 @@ class FactorScaling:
         return inv_freq / np.asarray(self.factors, dtype=np.float64)
 
 
+# What a norm does -> its name in a layer, for every placement of the norms.
+NORM_NAMES: dict[str, dict[str, str]] = {
+    "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+QK_NORMS = (None, "head", "full")
+
 RopeScaling = LinearScaling | Llama3Scaling | FactorScaling
 _SCALINGS: dict[str, type[RopeScaling]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "factors": FactorScaling}
 
@@ -107,7 +120,22 @@ class RopeSpec:
 class ModelSpec:
     """A decoder with RMS norm, rotary attention with grouped kv heads and a SwiGLU MLP.
 
-    Every field is checked; ArgumentError names the field, what was expected and what came.
+    Every field is checked; ArgumentError names the field, what was expected and what came. A field that only some
+    families use has a default that computes nothing.
+
+    Attributes:
+        sliding_window: tokens that a token sees, itself included; None: all before it.
+        full_attention_layers: layers that the window does not bound, ascending.
+        qkv_bias, o_bias, mlp_bias: whether q, k and v, the output of attention, and the products of the MLP have one.
+        qk_norm: RMS norm of q and k before rotation: of each "head" with one weight [D], or of the "full" width.
+        norm_placement: "pre": a norm before attention and before the MLP; "post": one after each, before the sum with
+            the residual stream; "both".
+        rotary_dim: leading elements of a head that turn; None: all of them.
+        nope_layers: layers without rotary embedding, ascending.
+        embedding_multiplier: of the embedding on its way into the first layer.
+        residual_multiplier: of what attention and MLP add to the residual stream.
+        attention_scale: of q @ k; None: 1 / sqrt(D).
+        logits_divisor: logits are divided by it.
     """
 
     family: str
@@ -123,6 +151,18 @@ class ModelSpec:
     rope: RopeSpec
     tie_word_embeddings: bool
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str | None = None
+    norm_placement: str = "pre"
+    rotary_dim: int | None = None
+    nope_layers: tuple[int, ...] = ()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_scale: float | None = None
+    logits_divisor: float = 1.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -150,15 +190,31 @@ class ModelSpec:
             raise ArgumentError(f"head_dim: expected an even number, got {self.head_dim}")
         if not isinstance(self.rope, RopeSpec):
             raise ArgumentError(f"rope: expected a RopeSpec, got {type(self.rope).__name__}")
-        if isinstance(self.rope.scaling, FactorScaling) and len(self.rope.scaling.factors) != self.head_dim // 2:
+        if self.rotary_dim is not None:
+            _check_int(self, "rotary_dim", "rotary_dim", low=2, high=self.head_dim - 2)
+            if self.rotary_dim % 2:
+                raise ArgumentError(f"rotary_dim: expected an even number, got {self.rotary_dim}")
+        if isinstance(self.rope.scaling, FactorScaling) and len(self.rope.scaling.factors) != self.num_rotary_pairs:
             raise ArgumentError(
-                f"rope.scaling.factors: expected head_dim / 2 = {self.head_dim // 2} factors, "
+                f"rope.scaling.factors: expected {self.num_rotary_pairs} factors, one per rotary pair, "
                 f"got {len(self.rope.scaling.factors)}"
             )
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ArgumentError(f"tie_word_embeddings: expected a bool, got {self.tie_word_embeddings!r}")
+        for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}: expected a bool, got {getattr(self, name)!r:.80}")
+        _check_choice(self, "qk_norm", QK_NORMS)
+        _check_choice(self, "norm_placement", tuple(NORM_NAMES))
+        for name in ("embedding_multiplier", "residual_multiplier", "attention_scale", "logits_divisor"):
+            if name != "attention_scale" or self.attention_scale is not None:
+                _check_float(self, name, name, low=1e-6, high=1e6)
         if self.sliding_window is not None:
             _check_int(self, "sliding_window", "sliding_window", low=1, high=MAX_POSITIONS)
+        elif self.full_attention_layers:
+            raise ArgumentError(
+                f"full_attention_layers: expected none without a sliding_window, got {self.full_attention_layers!r:.80}"
+            )
+        _check_layers(self, "full_attention_layers")
+        _check_layers(self, "nope_layers")
         for name in ("bos_token_id", "pad_token_id"):
             if getattr(self, name) is not None:
                 _check_int(self, name, name, low=0, high=self.vocab_size - 1)
@@ -175,7 +231,8 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold. `from_dict` gives back an equal spec."""
         result: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        result["eos_token_ids"] = list(self.eos_token_ids)
+        for name in _TUPLES:
+            result[name] = list(result[name])
         result["rope"] = {"theta": self.rope.theta, "scaling": _scaling_to_dict(self.rope.scaling)}
         return result
 
@@ -185,45 +242,89 @@ class ModelSpec:
         arguments = _take(values, "spec", {field.name for field in fields(cls)})
         rope = _take(_mapping(arguments["rope"], "rope"), "rope", {"theta", "scaling"})
         arguments["rope"] = RopeSpec(theta=rope["theta"], scaling=_scaling_from_dict(rope["scaling"]))
-        if not isinstance(arguments["eos_token_ids"], list | tuple):
-            raise ArgumentError(f"eos_token_ids: expected a list, got {arguments['eos_token_ids']!r:.80}")
-        arguments["eos_token_ids"] = tuple(arguments["eos_token_ids"])
+        for name in _TUPLES:
+            if not isinstance(arguments[name], list | tuple):
+                raise ArgumentError(f"{name}: expected a list, got {arguments[name]!r:.80}")
+            arguments[name] = tuple(arguments[name])
         return cls(**arguments)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every weight under its Hugging Face name; matrices are [out, in].
+        """Name -> shape of every weight, named as in the models of Hugging Face that keep each apart.
 
-        `lm_head.weight` is present only when the embedding is not tied. The order is the order of execution.
+        Matrices are [out, in]. `lm_head.weight` is present only when the embedding is not tied. The order is that of
+        execution.
         """
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        layer_shapes = self._layer_shapes()
         for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}."
-            shapes |= {
-                prefix + "input_layernorm.weight": (self.hidden_size,),
-                prefix + "self_attn.q_proj.weight": (q_size, self.hidden_size),
-                prefix + "self_attn.k_proj.weight": (kv_size, self.hidden_size),
-                prefix + "self_attn.v_proj.weight": (kv_size, self.hidden_size),
-                prefix + "self_attn.o_proj.weight": (self.hidden_size, q_size),
-                prefix + "post_attention_layernorm.weight": (self.hidden_size,),
-                prefix + "mlp.gate_proj.weight": (self.intermediate_size, self.hidden_size),
-                prefix + "mlp.up_proj.weight": (self.intermediate_size, self.hidden_size),
-                prefix + "mlp.down_proj.weight": (self.hidden_size, self.intermediate_size),
-            }
+            shapes |= {f"model.layers.{layer}.{part}": shape for part, shape in layer_shapes.items()}
         shapes["model.norm.weight"] = (self.hidden_size,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def add_norm(role: str) -> None:
+            if role in NORM_NAMES[self.norm_placement]:
+                shapes[NORM_NAMES[self.norm_placement][role] + ".weight"] = (self.hidden_size,)
+
+        def add_linear(name: str, num_outputs: int, num_inputs: int, has_bias: bool) -> None:
+            shapes[name + ".weight"] = (num_outputs, num_inputs)
+            if has_bias:
+                shapes[name + ".bias"] = (num_outputs,)
+
+        add_norm("attention_norm")
+        add_linear("self_attn.q_proj", q_size, self.hidden_size, self.qkv_bias)
+        add_linear("self_attn.k_proj", kv_size, self.hidden_size, self.qkv_bias)
+        add_linear("self_attn.v_proj", kv_size, self.hidden_size, self.qkv_bias)
+        if self.qk_norm is not None:
+            shapes["self_attn.q_norm.weight"] = (self.head_dim if self.qk_norm == "head" else q_size,)
+            shapes["self_attn.k_norm.weight"] = (self.head_dim if self.qk_norm == "head" else kv_size,)
+        add_linear("self_attn.o_proj", self.hidden_size, q_size, self.o_bias)
+        add_norm("attention_post_norm")
+        add_norm("mlp_norm")
+        add_linear("mlp.gate_proj", self.intermediate_size, self.hidden_size, self.mlp_bias)
+        add_linear("mlp.up_proj", self.intermediate_size, self.hidden_size, self.mlp_bias)
+        add_linear("mlp.down_proj", self.hidden_size, self.intermediate_size, self.mlp_bias)
+        add_norm("mlp_post_norm")
         return shapes
 
     def num_parameters(self) -> int:
         """Number of trainable values; a tied embedding counts once."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
+    @property
+    def num_rotary_pairs(self) -> int:
+        """Pairs of a head that turn, P."""
+        return (self.rotary_dim or self.head_dim) // 2
+
+    @property
+    def softmax_scale(self) -> float:
+        """Of q @ k, whichever way it is said."""
+        return 1.0 / math.sqrt(self.head_dim) if self.attention_scale is None else self.attention_scale
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether q and k of the layer turn with the position."""
+        return layer not in self.nope_layers
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of the layer, or None."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
+    def base_inv_freq(self) -> npt.NDArray[np.float64]:
+        """Angle per position of each rotary pair, before scaling: float64 [P], radians."""
+        return np.power(self.rope.theta, -np.arange(self.num_rotary_pairs, dtype=np.float64) / self.num_rotary_pairs)
+
     def inv_freq(self) -> npt.NDArray[np.float64]:
-        """Angle per position of each rotary pair, after scaling: float64 [D/2], radians."""
-        exponent = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
-        inv_freq = np.power(self.rope.theta, -exponent)
+        """Angle per position of each rotary pair, after scaling: float64 [P], radians."""
+        inv_freq = self.base_inv_freq()
         return inv_freq if self.rope.scaling is None else self.rope.scaling.scale(inv_freq)
+
+
+_TUPLES = ("eos_token_ids", "full_attention_layers", "nope_layers")
 
 
 def _scaling_to_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -279,3 +380,17 @@ def _check_float(owner: object, name: str, attribute: str, *, low: float, high: 
         object.__setattr__(owner, attribute, value)
     if type(value) is not float or not low <= value <= high:
         raise ArgumentError(f"{name}: expected a float in [{low:g}, {high:g}], got {value!r:.80}")
+
+
+def _check_choice(owner: object, name: str, choices: tuple[str | None, ...]) -> None:
+    value = getattr(owner, name)
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ArgumentError(f"{name}: expected one of {list(choices)}, got {value!r:.80}")
+
+
+def _check_layers(spec: ModelSpec, name: str) -> None:
+    layers = getattr(spec, name)
+    if not isinstance(layers, tuple) or any(type(layer) is not int for layer in layers):
+        raise ArgumentError(f"{name}: expected a tuple of layers, got {layers!r:.80}")
+    if list(layers) != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < spec.num_layers):
+        raise ArgumentError(f"{name}: expected ascending layers in [0, {spec.num_layers - 1}], got {layers!r:.80}")

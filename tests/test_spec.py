@@ -70,6 +70,27 @@ def test_is_frozen_and_hashable() -> None:
         ("rope", None),
         ("tie_word_embeddings", 1),
         ("sliding_window", 0),
+        ("full_attention_layers", (0,)),  # without a window
+        ("nope_layers", [0]),
+        ("nope_layers", (1, 0)),
+        ("nope_layers", (0, 3)),
+        ("nope_layers", (-1,)),
+        ("nope_layers", (True,)),
+        ("qkv_bias", 1),
+        ("o_bias", None),
+        ("mlp_bias", "yes"),
+        ("qk_norm", "row"),
+        ("qk_norm", ["head"]),
+        ("norm_placement", None),
+        ("norm_placement", "after"),
+        ("rotary_dim", 0),
+        ("rotary_dim", 7),
+        ("rotary_dim", 18),
+        ("embedding_multiplier", 0.0),
+        ("residual_multiplier", float("nan")),
+        ("attention_scale", "0.5"),
+        ("attention_scale", -1.0),
+        ("logits_divisor", 0.0),
         ("bos_token_id", 512),
         ("bos_token_id", -1),
         ("pad_token_id", 512),
@@ -134,6 +155,18 @@ def test_dict_round_trip_is_exact(
         eos_token_ids=eos,
     )
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_dict_round_trip_of_what_few_families_have() -> None:
+    spec = make_spec(
+        sliding_window=7, full_attention_layers=(1,), nope_layers=(0, 2), qkv_bias=True, o_bias=True, mlp_bias=True,
+        qk_norm="head", norm_placement="both", rotary_dim=6, embedding_multiplier=12.0, residual_multiplier=0.22,
+        attention_scale=0.1, logits_divisor=8.0,
+    )  # fmt: skip
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert [spec.window_of(layer) for layer in range(3)] == [7, None, 7]
+    assert [spec.has_rope(layer) for layer in range(3)] == [False, True, False]
+    assert spec.inv_freq().shape == (3,)
 
 
 def test_from_dict_rejects_missing_and_unknown_keys() -> None:

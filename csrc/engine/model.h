@@ -32,11 +32,24 @@ struct Matrix {
 // y = x @ w^T where w is one or more matrices stacked; one of them when all parts have the same format.
 using Linear = std::vector<Matrix>;
 
+// RMS norm of q and k before rotation: of each head, or of all heads together.
+enum class QkNorm : uint8_t { none, head, full };
+
+struct LayerConfig {
+  int64_t sliding_window;  // 0: none
+  bool has_rope;
+};
+
 struct ModelConfig {
   int64_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim;
-  int64_t sliding_window;  // 0: none
+  int64_t rotary_dim;               // leading elements of a head that turn
+  std::vector<LayerConfig> layers;  // [num_layers]
   float norm_eps;
+  float embedding_multiplier, residual_multiplier, attention_scale;
   bool tie_word_embeddings;
+  bool qkv_bias, o_bias, mlp_bias;
+  bool has_pre_norm, has_post_norm;  // before, and after, attention and MLP
+  QkNorm qk_norm;
   DType act_dtype;        // f32 or bf16: of activations between kernels
   bool int8_activations;  // block formats only: integer dot products over activations rounded to int8 per 32
 
@@ -45,23 +58,27 @@ struct ModelConfig {
   int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
 };
 
+// A vector is nullptr where the model has none.
 struct LayerWeights {
-  const void* input_norm = nullptr;
-  Linear qkv, o;
-  const void* post_norm = nullptr;
-  Linear gate_up, down;
+  Linear qkv, o, gate_up, down;
+  const void *attention_norm = nullptr, *attention_post_norm = nullptr;
+  const void *mlp_norm = nullptr, *mlp_post_norm = nullptr;
+  const void *q_norm = nullptr, *k_norm = nullptr;
+  const void *qkv_bias = nullptr, *o_bias = nullptr, *gate_up_bias = nullptr, *down_bias = nullptr;
 };
 
 class Model {
  public:
   Model(const ModelConfig& config, size_t capacity_bytes);
 
-  // slot: "norm", "layers.<i>.input_norm", "layers.<i>.post_norm"; `values` [hidden_size] of act_dtype, copied.
+  // slot: "norm" or "layers.<i>.<a vector of LayerWeights>"; `values` [vector_size(slot)] of act_dtype, copied.
   void set_vector(const std::string& slot, const void* values);
+  // Throws ArgumentError for a vector that this model does not have.
+  int64_t vector_size(const std::string& slot) const;
   // slot: "embed", "head", "layers.<i>.qkv" | "o" | "gate_up" | "down". Several calls stack parts in order.
   // `rows`: contiguous, [num_rows] rows of the format (f32, bf16 or GGUF blocks).
   void add_matrix(const std::string& slot, WeightFormat format, const void* rows, int64_t num_rows, int64_t num_cols);
-  // Rotation tables f32 [num_positions, head_dim / 2], copied.
+  // Rotation tables f32 [num_positions, rotary_dim / 2], copied.
   void set_rope(const float* cos, const float* sin, int64_t num_positions);
   // Throws ArgumentError that names the first slot that is missing or has a wrong shape.
   void check() const;
@@ -79,7 +96,12 @@ class Model {
   int64_t bytes_per_token() const;
 
  private:
-  const void** vector_slot(const std::string& slot);
+  struct VectorSlot {
+    const void* LayerWeights::* member;  // nullptr: the last norm
+    size_t layer;
+    int64_t size;
+  };
+  VectorSlot vector_slot(const std::string& slot) const;
   Linear* matrix_slot(const std::string& slot);
 
   ModelConfig config_;

@@ -15,55 +15,81 @@ from pyengine.nn import Attention, Embedding, Linear, PackedPositions, RMSNorm, 
 from pyengine.ops.linear_cross_entropy import linear_cross_entropy
 from pyengine.ops.matmul import matmul
 from pyengine.ops.rope import rope_table
-from pyengine.spec import ModelSpec
+from pyengine.spec import NORM_NAMES, ModelSpec
 
 IGNORE = -100
 
 
 class DecoderLayer(nn.Module):
-    """Norm, attention, norm, MLP. The sum with the residual stream is left to the norm that comes next."""
+    """Attention and MLP, each with a norm before or after it, or both. The last sum is left to the norm that comes
+    next."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str | None) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
+        self.residual_multiplier = spec.residual_multiplier
+        self.norm_names = NORM_NAMES[spec.norm_placement]
+        for name in self.norm_names.values():
+            self.add_module(name, RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device))
         self.self_attn = Attention(
             spec.hidden_size,
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
-            sliding_window=spec.sliding_window,
+            qkv_bias=spec.qkv_bias,
+            o_bias=spec.o_bias,
+            qk_norm=spec.qk_norm,
+            norm_eps=spec.norm_eps,
+            use_rope=spec.has_rope(layer),
+            sliding_window=spec.window_of(layer),
+            scale=spec.softmax_scale,
             dtype=dtype,
             device=device,
         )
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
-        self.mlp = SwiGluMlp(spec.hidden_size, spec.intermediate_size, dtype=dtype, device=device)
+        self.mlp = SwiGluMlp(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, residual: Tensor | None, packed: PackedPositions) -> tuple[Tensor, Tensor]:
-        """x and residual [num_tokens, hidden_size] -> (output of the MLP, residual stream before it)."""
-        y, h = self.input_layernorm(x, residual)
-        y, h = self.post_attention_layernorm(self.self_attn(y, packed), h)
-        return self.mlp(y), h
+        """x and residual [num_tokens, hidden_size] -> (what the MLP adds, residual stream before it)."""
+        y, h = self._enter("attention_norm", x, residual)
+        y, h = self._enter("mlp_norm", self._leave("attention_post_norm", self.self_attn(y, packed)), h)
+        return self._leave("mlp_post_norm", self.mlp(y)), h
+
+    def _enter(self, role: str, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(input of a block, residual stream with x in it)."""
+        if role in self.norm_names:
+            return self.get_submodule(self.norm_names[role])(x, residual)  # type: ignore[no-any-return]
+        h = x if residual is None else x + residual
+        return h, h
+
+    def _leave(self, role: str, x: Tensor) -> Tensor:
+        """What a block adds to the residual stream."""
+        if role in self.norm_names:
+            x = self.get_submodule(self.norm_names[role])(x)[0]
+        return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
 
 
 class Decoder(nn.Module):
-    """Token ids to normalised hidden states."""
+    """Token ids to normalised hidden states, divided by `logits_divisor`: the head is linear."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
         self.recompute = False
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(DecoderLayer(spec, dtype, device) for _ in range(spec.num_layers))
+        self.embedding_multiplier = spec.embedding_multiplier
+        self.logits_divisor = spec.logits_divisor
+        self.layers = nn.ModuleList(DecoderLayer(spec, layer, dtype, device) for layer in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
 
     def forward(self, input_ids: Tensor, packed: PackedPositions) -> Tensor:
         """input_ids [num_tokens] -> [num_tokens, hidden_size]."""
         x, residual = self.embed_tokens(input_ids), None
+        if self.embedding_multiplier != 1.0:
+            x = x * self.embedding_multiplier
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x, residual = checkpoint(layer, x, residual, packed, use_reentrant=False)
             else:
                 x, residual = layer(x, residual, packed)
-        return self.norm(x, residual)[0]  # type: ignore[no-any-return]
+        return self.norm(x, residual, weight_divisor=self.logits_divisor)[0]  # type: ignore[no-any-return]
 
 
 class CausalLM(nn.Module):

@@ -17,13 +17,14 @@ class SwiGluMlp(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         *,
+        bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size, dtype=dtype, device=device)
-        self.up_proj = Linear(hidden_size, intermediate_size, dtype=dtype, device=device)
-        self.down_proj = Linear(intermediate_size, hidden_size, dtype=dtype, device=device)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, device=device)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, device=device)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [num_tokens, hidden_size] -> the same shape."""

@@ -23,11 +23,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, weight_divisor: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """(normalised h, h) with h = x + residual, or h = x where there is no residual. x [..., hidden_size]."""
+        weight = self.weight if weight_divisor == 1.0 else self.weight / weight_divisor
         if residual is None:
-            return rms_norm(x, self.weight, eps=self.eps), x
-        return rms_norm_residual(x, residual, self.weight, eps=self.eps)
+            return rms_norm(x, weight, eps=self.eps), x
+        return rms_norm_residual(x, residual, weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.weight.shape[0]}, eps={self.eps}"

@@ -1,0 +1,129 @@
+"""What each family refuses, by the key or field that says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pyengine.errors import ArgumentError
+from pyengine.families import (
+    FAMILIES,
+    config_from_spec,
+    family_of,
+    gguf_metadata_from_spec,
+    spec_from_config,
+    spec_from_gguf,
+    stacked_weights,
+    stored_rows,
+    stored_shapes,
+)
+from pyengine.testing.random_model import make_spec
+
+CONFIG: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "extra"),
+    [
+        ("qwen2", "attention_bias", {"attention_bias": True}),
+        ("qwen2", "sliding_window", {"use_sliding_window": True, "sliding_window": "4096", "max_window_layers": 1}),
+        ("qwen2", "max_window_layers", {"use_sliding_window": True, "max_window_layers": 1.5}),
+        ("qwen2", "layer_types", {"layer_types": ["full_attention"] * 2}),
+        ("qwen2", "layer_types", {"layer_types": ["sliding_attention"] * 3}),  # without use_sliding_window
+        ("qwen2", "layer_types", {"layer_types": ["linear_attention"] * 3}),
+        ("qwen2", "use_sliding_window", {"use_sliding_window": 1}),
+        ("qwen2", "partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+        ("qwen3", "mlp_bias", {"mlp_bias": True}),
+        ("qwen3", "num_experts", {"num_experts": 64}),
+        ("smollm3", "no_rope_layers", {"no_rope_layers": [1, 0]}),
+        ("smollm3", "no_rope_layers", {"no_rope_layers": [1, 0, 2]}),
+        ("smollm3", "no_rope_layers", {"no_rope_layers": "none"}),
+        ("smollm3", "no_rope_layer_interval", {"no_rope_layer_interval": 0}),
+        ("granite", "attention_multiplier", {"attention_multiplier": "0.5"}),
+        ("granite", "residual_multiplier", {"residual_multiplier": float("nan")}),
+        ("granite", "logits_divisor", {"logits_scaling": 0.0}),
+        ("phi3", "rope_scaling.rope_type", {"rope_scaling": {"type": "longrope"}}),
+        ("phi3", "partial_rotary_factor", {"partial_rotary_factor": 1.5}),
+        ("phi3", "rope_parameters.partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": -0.5}}),
+        (
+            "phi3",
+            "rope_parameters.partial_rotary_factor",
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}},
+        ),
+        ("phi3", "rotary_dim", {"partial_rotary_factor": 0.2}),
+        ("olmo2", "clip_qkv", {"clip_qkv": 8.0}),
+        ("olmo2", "hidden_act", {"hidden_act": "gelu"}),
+    ],
+)
+def test_a_bad_key_is_named(model_type: str, key: str, extra: dict[str, Any]) -> None:
+    spec_from_config(CONFIG | {"model_type": model_type})
+    with pytest.raises(ArgumentError) as caught:
+        spec_from_config(CONFIG | {"model_type": model_type} | extra)
+    assert str(caught.value).startswith(f"{key}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "overrides"),
+    [
+        ("llama", "qk_norm", {"qk_norm": "head"}),
+        ("llama", "nope_layers", {"nope_layers": (1,)}),
+        ("llama", "o_bias", {"qkv_bias": True}),  # its key is that of all four
+        ("llama", "rotary_dim", {"rotary_dim": 8}),
+        ("qwen2", "qkv_bias", {}),
+        ("qwen2", "residual_multiplier", {"qkv_bias": True, "residual_multiplier": 0.5}),
+        ("qwen3", "norm_placement", {"qk_norm": "head", "norm_placement": "both"}),
+        ("granite", "attention_scale", {}),  # None: Granite always says it
+        ("olmo2", "qk_norm", {"qk_norm": None, "norm_placement": "post"}),
+        ("phi3", "full_attention_layers", {"sliding_window": 8, "full_attention_layers": (0,)}),
+    ],
+)
+def test_a_field_that_config_json_cannot_say_is_named(family: str, field: str, overrides: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=rf"^{field}: expected .*, which config\.json can say, got"):
+        config_from_spec(make_spec(family=family, **overrides))
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("qwen2", "attention.sliding_window", 8),
+        ("qwen3", "rope.dimension_count", 8),
+        ("granite", "attention.scale", "0.5"),
+        ("granite", "attn_logit_softcapping", 30.0),
+        ("phi3", "attention.sliding_window", "8"),
+        ("phi3", "rope.scaling.type", "longrope"),
+        ("olmo2", "attention.clamp_kqv", 8.0),
+        ("smollm3", "residual_scale", 0.5),
+    ],
+)
+def test_a_bad_gguf_key_is_named(family: str, key: str, value: Any) -> None:
+    spec = spec_from_config(CONFIG | {"model_type": family, "no_rope_layer_interval": 4})
+    metadata = gguf_metadata_from_spec(spec)
+    names = family_of(spec).gguf_tensor_names(spec).values()
+    assert spec_from_gguf(metadata, names) == spec
+    with pytest.raises(ArgumentError, match=rf"^{family}\.{key}: expected "):
+        spec_from_gguf(metadata | {f"{family}.{key}": value}, names)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_weight_lies_in_one_place(family: Any) -> None:
+    spec = spec_from_config(CONFIG | {"model_type": family.model_types[0]})
+    for names in (family.folder_tensor_names(spec), family.gguf_tensor_names(spec)):
+        shapes, places = stored_shapes(spec, names), stored_rows(spec, names)
+        assert list(names) == list(places) == list(spec.tensor_shapes())
+        for stored, weights in stacked_weights(names).items():
+            ends = [0, *(places[weight].stop for weight in weights)]
+            assert [places[weight].start for weight in weights] == ends[:-1]
+            assert shapes[stored][0] == ends[-1]
+            for weight in weights:
+                shape = spec.tensor_shapes()[weight]
+                assert (places[weight].stop - places[weight].start, *shapes[stored][1:]) == shape
