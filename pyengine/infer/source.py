@@ -33,8 +33,8 @@ class WeightSource(Protocol):
     def stored_format(self, name: str) -> str:
         """ "float32", "float16", "bfloat16", or a lower-case GGUF type such as "q4_1"."""
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """Stored bytes as [num_rows, row_bytes], rows in Hugging Face order."""
+    def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:
+        """Stored bytes as [num_rows, row_bytes], and the index array that puts the rows into Hugging Face order."""
 
     def dense(self, name: str) -> Array:
         """Values as a float array of the weight's shape, rows in Hugging Face order."""
@@ -89,18 +89,16 @@ class GgufSource:
         stored = self._file.info(self._rows[name].name).type.lower()
         return {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(stored, stored)
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        stored = self._rows[name].name
-        data = np.frombuffer(self._file.data(stored), np.uint8)
-        return self._take(name, data.reshape(self._file.info(stored).shape[0], -1))
+    def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:
+        place = self._rows[name]
+        data = np.frombuffer(self._file.data(place.name), np.uint8)
+        rows = data.reshape(self._file.info(place.name).shape[0], -1)[place.start : place.stop]
+        order = self._family.gguf_row_order(self.spec, name)
+        return rows, None if order is None else order.astype(np.int32)
 
     def dense(self, name: str) -> Array:
-        return self._take(name, self._file.dequantize(self._rows[name].name))
-
-    def _take(self, name: str, rows: Array) -> Array:
-        """Rows of the weight, out of those of the stored tensor, in Hugging Face order."""
         place = self._rows[name]
-        rows = rows[place.start : place.stop]
+        rows = self._file.dequantize(place.name)[place.start : place.stop]
         order = self._family.gguf_row_order(self.spec, name)
         return rows if order is None else rows[order]
 
@@ -160,11 +158,11 @@ class FolderSource:
             raise ModelFileError(self.path, None, stored, f"expected one of {', '.join(known)}, got {dtype}")
         return known[dtype]
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+    def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], None]:
         place = self._rows[name]
         file = self._place[place.name]
         data = np.frombuffer(file.data(place.name), np.uint8)
-        return data.reshape(file.info(place.name).shape[0], -1)[place.start : place.stop]
+        return data.reshape(file.info(place.name).shape[0], -1)[place.start : place.stop], None
 
     def dense(self, name: str) -> Array:
         place = self._rows[name]

@@ -185,7 +185,8 @@ def _metadata(source: WeightSource) -> tuple[dict[str, Any], dict[str, str]]:
 def _encode(source: WeightSource, name: str, wanted: str, search: bool) -> npt.NDArray[np.uint8]:
     """The weight as it stands in the file: uint8 [num_rows, row_bytes], rows in the order of GGUF."""
     if source.stored_format(name) == wanted:
-        rows = source.raw(name)
+        rows, stored_order = source.raw(name)
+        rows = rows if stored_order is None else rows[stored_order]
     else:
         dense = source.dense(name)
         table = dense.reshape(len(dense), -1)
