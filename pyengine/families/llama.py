@@ -15,6 +15,8 @@ from pyengine.spec import ModelSpec
 class Llama(Family):
     def fields_from_config(self, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
         window = get_optional_int(config, "sliding_window")
+        if config["model_type"] == "mistral" and "sliding_window" not in config:
+            window = 4096  # the default of transformers
         if config["model_type"] == "llama":
             if window is not None:
                 raise ArgumentError(f"sliding_window: expected null for model_type llama, got {window}")

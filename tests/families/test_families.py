@@ -73,6 +73,31 @@ def test_a_bad_key_is_named(model_type: str, key: str, extra: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
+    ("model_type", "extra"),
+    [
+        *((model_type, {}) for family in FAMILIES for model_type in family.model_types),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 5, "head_dim": 16}),
+        ("smollm3", {"num_hidden_layers": 9}),
+        ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5}),
+        ("phi3", {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_a_config_that_says_little_means_what_it_means_to_transformers(model_type: str, extra: dict[str, Any]) -> None:
+    """Defaults, and lists with an entry per layer that older files leave out."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = CONFIG | {"model_type": model_type} | extra
+    for key in ("num_key_value_heads", "tie_word_embeddings"):
+        full = transformers.AutoConfig.for_model(**config, **tokens).to_dict()
+        assert spec_from_config(config) == spec_from_config(full)
+        del config[key]
+        config |= {"num_attention_heads": 32, "hidden_size": 1024}
+    assert spec_from_config(config) == spec_from_config(transformers.AutoConfig.for_model(**config, **tokens).to_dict())
+
+
+@pytest.mark.parametrize(
     ("family", "field", "overrides"),
     [
         ("llama", "qk_norm", {"qk_norm": "head"}),
