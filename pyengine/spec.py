@@ -98,6 +98,7 @@ NORM_NAMES: dict[str, dict[str, str]] = {
     },
 }
 QK_NORMS = (None, "head", "full")
+GATE_ACTIVATIONS = ("silu", "gelu_tanh")
 
 RopeScaling = LinearScaling | Llama3Scaling | FactorScaling
 _SCALINGS: dict[str, type[RopeScaling]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "factors": FactorScaling}
@@ -126,10 +127,13 @@ class ModelSpec:
     Attributes:
         sliding_window: tokens that a token sees, itself included; None: all before it.
         full_attention_layers: layers that the window does not bound, ascending.
+        local_rope: rotary embedding of the layers that the window bounds, where it is another one.
         qkv_bias, o_bias, mlp_bias: whether q, k and v, the output of attention, and the products of the MLP have one.
         qk_norm: RMS norm of q and k before rotation: of each "head" with one weight [D], or of the "full" width.
         norm_placement: "pre": a norm before attention and before the MLP; "post": one after each, before the sum with
             the residual stream; "both".
+        norm_weight_offset: added to the weight of every norm: 0 or 1.
+        gate_activation: of the gate of the MLP: "silu", or "gelu_tanh", the tanh form of gelu.
         rotary_dim: leading elements of a head that turn; None: all of them.
         nope_layers: layers without rotary embedding, ascending.
         embedding_multiplier: of the embedding on its way into the first layer.
@@ -152,11 +156,14 @@ class ModelSpec:
     tie_word_embeddings: bool
     sliding_window: int | None = None
     full_attention_layers: tuple[int, ...] = ()
+    local_rope: RopeSpec | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: str | None = None
     norm_placement: str = "pre"
+    norm_weight_offset: float = 0.0
+    gate_activation: str = "silu"
     rotary_dim: int | None = None
     nope_layers: tuple[int, ...] = ()
     embedding_multiplier: float = 1.0
@@ -194,19 +201,32 @@ class ModelSpec:
             _check_int(self, "rotary_dim", "rotary_dim", low=2, high=self.head_dim - 2)
             if self.rotary_dim % 2:
                 raise ArgumentError(f"rotary_dim: expected an even number, got {self.rotary_dim}")
-        if isinstance(self.rope.scaling, FactorScaling) and len(self.rope.scaling.factors) != self.num_rotary_pairs:
+        if self.local_rope is not None and (not isinstance(self.local_rope, RopeSpec) or self.sliding_window is None):
             raise ArgumentError(
-                f"rope.scaling.factors: expected {self.num_rotary_pairs} factors, one per rotary pair, "
-                f"got {len(self.rope.scaling.factors)}"
+                "local_rope: expected None, or a RopeSpec beside a sliding_window, "
+                f"got {type(self.local_rope).__name__}"
             )
+        for rope in (self.rope, self.local_rope):
+            factors = rope.scaling.factors if rope and isinstance(rope.scaling, FactorScaling) else None
+            if factors is not None and len(factors) != self.num_rotary_pairs:
+                raise ArgumentError(
+                    f"rope.scaling.factors: expected {self.num_rotary_pairs} factors, one per rotary pair, "
+                    f"got {len(factors)}"
+                )
         for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: expected a bool, got {getattr(self, name)!r:.80}")
         _check_choice(self, "qk_norm", QK_NORMS)
         _check_choice(self, "norm_placement", tuple(NORM_NAMES))
+        _check_choice(self, "gate_activation", GATE_ACTIVATIONS)
+        _check_float(self, "norm_weight_offset", "norm_weight_offset", low=0.0, high=1.0)
         for name in ("embedding_multiplier", "residual_multiplier", "attention_scale", "logits_divisor"):
             if name != "attention_scale" or self.attention_scale is not None:
                 _check_float(self, name, name, low=1e-6, high=1e6)
+        if self.norm_weight_offset not in (0.0, 1.0):
+            raise ArgumentError(f"norm_weight_offset: expected 0 or 1, got {self.norm_weight_offset}")
+        if self.norm_weight_offset != 0.0 and self.logits_divisor != 1.0:
+            raise ArgumentError(f"logits_divisor: expected 1 beside a norm_weight_offset, got {self.logits_divisor}")
         if self.sliding_window is not None:
             _check_int(self, "sliding_window", "sliding_window", low=1, high=MAX_POSITIONS)
         elif self.full_attention_layers:
@@ -233,15 +253,17 @@ class ModelSpec:
         result: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in _TUPLES:
             result[name] = list(result[name])
-        result["rope"] = {"theta": self.rope.theta, "scaling": _scaling_to_dict(self.rope.scaling)}
+        result["rope"] = _rope_to_dict(self.rope)
+        result["local_rope"] = None if self.local_rope is None else _rope_to_dict(self.local_rope)
         return result
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
         """Inverse of `to_dict`. A missing or unknown key is an ArgumentError."""
         arguments = _take(values, "spec", {field.name for field in fields(cls)})
-        rope = _take(_mapping(arguments["rope"], "rope"), "rope", {"theta", "scaling"})
-        arguments["rope"] = RopeSpec(theta=rope["theta"], scaling=_scaling_from_dict(rope["scaling"]))
+        arguments["rope"] = _rope_from_dict(arguments["rope"], "rope")
+        if arguments["local_rope"] is not None:
+            arguments["local_rope"] = _rope_from_dict(arguments["local_rope"], "local_rope")
         for name in _TUPLES:
             if not isinstance(arguments[name], list | tuple):
                 raise ArgumentError(f"{name}: expected a list, got {arguments[name]!r:.80}")
@@ -314,17 +336,38 @@ class ModelSpec:
         """The sliding window of the layer, or None."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    def rope_table_of(self, layer: int) -> int:
+        """Which of `rope_tables` the layer turns by."""
+        return int(self.local_rope is not None and self.window_of(layer) is not None)
+
+    def rope_tables(self) -> list[npt.NDArray[np.float64]]:
+        """Angle per position of each rotary pair, for each table: float64 [P], radians."""
+        ropes = (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+        return [self._inv_freq(rope) for rope in ropes]
+
     def base_inv_freq(self) -> npt.NDArray[np.float64]:
         """Angle per position of each rotary pair, before scaling: float64 [P], radians."""
-        return np.power(self.rope.theta, -np.arange(self.num_rotary_pairs, dtype=np.float64) / self.num_rotary_pairs)
+        return self._inv_freq(RopeSpec(theta=self.rope.theta))
 
     def inv_freq(self) -> npt.NDArray[np.float64]:
         """Angle per position of each rotary pair, after scaling: float64 [P], radians."""
-        inv_freq = self.base_inv_freq()
-        return inv_freq if self.rope.scaling is None else self.rope.scaling.scale(inv_freq)
+        return self._inv_freq(self.rope)
+
+    def _inv_freq(self, rope: RopeSpec) -> npt.NDArray[np.float64]:
+        inv_freq = np.power(rope.theta, -np.arange(self.num_rotary_pairs, dtype=np.float64) / self.num_rotary_pairs)
+        return inv_freq if rope.scaling is None else rope.scaling.scale(inv_freq)
 
 
 _TUPLES = ("eos_token_ids", "full_attention_layers", "nope_layers")
+
+
+def _rope_to_dict(rope: RopeSpec) -> dict[str, Any]:
+    return {"theta": rope.theta, "scaling": _scaling_to_dict(rope.scaling)}
+
+
+def _rope_from_dict(values: Any, name: str) -> RopeSpec:
+    values = _take(_mapping(values, name), name, {"theta", "scaling"})
+    return RopeSpec(theta=values["theta"], scaling=_scaling_from_dict(values["scaling"]))
 
 
 def _scaling_to_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -323,7 +323,7 @@ void Decoder::settle(const void* bias, const void* post_norm, int64_t begin, int
                         .h_row_stride = 0,
                         .y_row_stride = c.hidden_size,
                         .eps = c.norm_eps,
-                        .weight_offset = 0.0f,
+                        .weight_offset = c.norm_weight_offset,
                         .dtype = c.act_dtype},
                        begin, end);
   if (c.residual_multiplier != 1.0f)
@@ -352,7 +352,7 @@ void Decoder::finish_qk(const LayerWeights& layer, int64_t begin, int64_t end) c
                           .h_row_stride = 0,
                           .y_row_stride = num_cols,
                           .eps = c.norm_eps,
-                          .weight_offset = 0.0f,
+                          .weight_offset = c.norm_weight_offset,
                           .dtype = c.act_dtype},
                          0, width / num_cols);
     }
@@ -385,7 +385,7 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                           .h_row_stride = c.hidden_size,
                           .y_row_stride = c.hidden_size,
                           .eps = c.norm_eps,
-                          .weight_offset = 0.0f,
+                          .weight_offset = c.norm_weight_offset,
                           .dtype = act};
     const void* input = weight ? y_ : h_;
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
@@ -410,8 +410,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
 
     // Query and key heads lie side by side in a row of qkv, so one rotation takes both.
     const Rope rope{.x = qkv_,
-                    .cos = model_->rope_cos(),
-                    .sin = model_->rope_sin(),
+                    .cos = model_->rope_cos(std::max(layer_config.rope_table, 0)),
+                    .sin = model_->rope_sin(std::max(layer_config.rope_table, 0)),
                     .positions = positions_.data(),
                     .y = qkv_,
                     .num_tokens = num_tokens,
@@ -446,7 +446,7 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                           .cache_dtype = cache_.dtype()};
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
       finish_qk(layer, begin, end);
-      if (layer_config.has_rope) rope_isa().rotate(rope, begin, end);
+      if (layer_config.rope_table >= 0) rope_isa().rotate(rope, begin, end);
       attention_decode_isa().append(append, begin, end);
     });
     mark(worker, PhaseKind::rope);
@@ -499,6 +499,7 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                            .gate_row_stride = 2 * c.intermediate_size,
                            .up_row_stride = 2 * c.intermediate_size,
                            .y_row_stride = c.intermediate_size,
+                           .activation = c.gate_activation,
                            .dtype = act};
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
       if (layer.gate_up_bias)
@@ -542,7 +543,7 @@ void Decoder::head(const Step& step, Phases::Worker& worker) {
                             .h_row_stride = 0,
                             .y_row_stride = 0,
                             .eps = c.norm_eps,
-                            .weight_offset = 0.0f,
+                            .weight_offset = c.norm_weight_offset,
                             .dtype = c.act_dtype},
                            0, 1);
       }

@@ -171,14 +171,16 @@ void Model::add_matrix(const std::string& slot, WeightFormat format, std::span<c
   parts->push_back({format, num_rows, num_cols, offset, packed});
 }
 
-void Model::set_rope(const float* cos, const float* sin, int64_t num_positions) {
+void Model::set_rope(int table, const float* cos, const float* sin, int64_t num_positions) {
+  if (num_positions_ != 0 && num_positions != num_positions_)
+    throw ArgumentError("cos: expected the " + std::to_string(num_positions_) + " positions of the other table, got " +
+                        std::to_string(num_positions));
   const size_t num_bytes = static_cast<size_t>(num_positions * config_.rotary_dim / 2) * sizeof(float);
   auto* cos_copy = reinterpret_cast<float*>(arena_.allocate(num_bytes));
   auto* sin_copy = reinterpret_cast<float*>(arena_.allocate(num_bytes));
   std::memcpy(cos_copy, cos, num_bytes);
   std::memcpy(sin_copy, sin, num_bytes);
-  rope_cos_ = cos_copy;
-  rope_sin_ = sin_copy;
+  rope_[table] = {cos_copy, sin_copy};
   num_positions_ = num_positions;
 }
 
@@ -209,7 +211,10 @@ void Model::check() const {
     expect(prefix + "down", layer.down, c.hidden_size, c.intermediate_size);
   }
   if (!norm_) throw ArgumentError("norm: expected values, got none");
-  if (!rope_cos_) throw ArgumentError("rope: expected tables, got none");
+  if (num_positions_ == 0) throw ArgumentError("rope: expected tables, got none");
+  for (const LayerConfig& layer : c.layers)
+    if (layer.rope_table >= 0 && !rope_[layer.rope_table].cos)
+      throw ArgumentError("rope: expected table " + std::to_string(layer.rope_table) + ", got none");
 }
 
 int64_t Model::bytes_per_token() const {

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError
-from pyengine.families import granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
+from pyengine.families import gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
 from pyengine.families.family import Family
 from pyengine.families.rows import permute_rows, unpermute_rows
 from pyengine.families.stacking import StoredRows, stacked_weights, stored_rows, stored_shapes
@@ -37,7 +37,9 @@ __all__ = [
     "unpermute_rows",
 ]
 
-FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in (llama, qwen2, qwen3, smollm3, granite, phi3, olmo2))
+FAMILIES: tuple[Family, ...] = tuple(
+    module.FAMILY for module in (llama, qwen2, qwen3, smollm3, granite, phi3, olmo2, gemma3)
+)
 
 MAX_CONFIG_BYTES = 4 << 20
 

@@ -34,6 +34,7 @@ _NEUTRAL: dict[str, Any] = {
     "no_rope_layers": None,
     "num_nextn_predict_layers": 0,
     "is_encoder_decoder": False,
+    "use_bidirectional_attention": False,
     "add_cross_attention": False,
     "quantization_config": None,
     "auto_map": None,

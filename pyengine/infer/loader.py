@@ -109,8 +109,9 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         head_dim=spec.head_dim,
         rotary_dim=2 * spec.num_rotary_pairs,
         sliding_windows=[spec.window_of(layer) or 0 for layer in range(spec.num_layers)],
-        rope_layers=[spec.has_rope(layer) for layer in range(spec.num_layers)],
+        rope_tables=[spec.rope_table_of(layer) if spec.has_rope(layer) else -1 for layer in range(spec.num_layers)],
         norm_eps=spec.norm_eps,
+        norm_weight_offset=spec.norm_weight_offset,
         embedding_multiplier=spec.embedding_multiplier,
         residual_multiplier=spec.residual_multiplier,
         attention_scale=spec.softmax_scale,
@@ -120,6 +121,7 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         mlp_bias=spec.mlp_bias,
         qk_norm=spec.qk_norm,
         norm_placement=spec.norm_placement,
+        gate_activation=spec.gate_activation,
         act_dtype=act_dtype,
         int8_activations=mode == "fast",
         capacity_bytes=_capacity(spec, formats, max_context),
@@ -129,9 +131,10 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         tokenizer = pool.submit(source.tokenizer)
         _fill(model, source, formats, act_dtype)
     shape = max_context, spec.num_rotary_pairs
-    cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    _C.rope_table(spec.inv_freq(), cos, sin)
-    model.set_rope(cos, sin)
+    for table, inv_freq in enumerate(spec.rope_tables()):
+        cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        _C.rope_table(inv_freq, cos, sin)
+        model.set_rope(cos, sin, table=table)
     model.check()
 
     cache_tokens = options.cache_tokens or max_context
@@ -220,7 +223,7 @@ def _capacity(spec: ModelSpec, formats: dict[str, str], max_context: int) -> int
             total += _C.packed_weight_bytes(formats[group[0]], num_rows, shapes[group[0]][1]) + 64
     for names in _vector_slots(spec).values():
         total += 4 * sum(shapes[name][0] for name in names) + 64
-    return total + 2 * (max_context * spec.num_rotary_pairs * 4 + 64)
+    return total + 2 * len(spec.rope_tables()) * (max_context * spec.num_rotary_pairs * 4 + 64)
 
 
 def _fill(model: _C.DecoderModel, source: WeightSource, formats: dict[str, str], act_dtype: str) -> None:

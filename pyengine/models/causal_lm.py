@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,11 @@ from pyengine.spec import NORM_NAMES, ModelSpec
 IGNORE = -100
 
 
+def _norm(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str | None) -> RMSNorm:
+    offset = spec.norm_weight_offset
+    return RMSNorm(spec.hidden_size, eps=spec.norm_eps, weight_offset=offset, dtype=dtype, device=device)
+
+
 class DecoderLayer(nn.Module):
     """Attention and MLP, each with a norm before or after it, or both. The last sum is left to the norm that comes
     next."""
@@ -29,7 +35,7 @@ class DecoderLayer(nn.Module):
         self.residual_multiplier = spec.residual_multiplier
         self.norm_names = NORM_NAMES[spec.norm_placement]
         for name in self.norm_names.values():
-            self.add_module(name, RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device))
+            self.add_module(name, _norm(spec, dtype, device))
         self.self_attn = Attention(
             spec.hidden_size,
             spec.num_heads,
@@ -39,13 +45,21 @@ class DecoderLayer(nn.Module):
             o_bias=spec.o_bias,
             qk_norm=spec.qk_norm,
             norm_eps=spec.norm_eps,
+            norm_weight_offset=spec.norm_weight_offset,
             use_rope=spec.has_rope(layer),
             sliding_window=spec.window_of(layer),
             scale=spec.softmax_scale,
             dtype=dtype,
             device=device,
         )
-        self.mlp = SwiGluMlp(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias, dtype=dtype, device=device)
+        self.mlp = SwiGluMlp(
+            spec.hidden_size,
+            spec.intermediate_size,
+            activation=spec.gate_activation,
+            bias=spec.mlp_bias,
+            dtype=dtype,
+            device=device,
+        )
 
     def forward(self, x: Tensor, residual: Tensor | None, packed: PackedPositions) -> tuple[Tensor, Tensor]:
         """x and residual [num_tokens, hidden_size] -> (what the MLP adds, residual stream before it)."""
@@ -76,15 +90,17 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.embedding_multiplier = spec.embedding_multiplier
         self.logits_divisor = spec.logits_divisor
+        self.rope_tables = [spec.rope_table_of(layer) for layer in range(spec.num_layers)]
         self.layers = nn.ModuleList(DecoderLayer(spec, layer, dtype, device) for layer in range(spec.num_layers))
-        self.norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
+        self.norm = _norm(spec, dtype, device)
 
-    def forward(self, input_ids: Tensor, packed: PackedPositions) -> Tensor:
-        """input_ids [num_tokens] -> [num_tokens, hidden_size]."""
+    def forward(self, input_ids: Tensor, tables: Sequence[PackedPositions]) -> Tensor:
+        """input_ids [num_tokens] -> [num_tokens, hidden_size]. `tables`: positions with each rotary table."""
         x, residual = self.embed_tokens(input_ids), None
         if self.embedding_multiplier != 1.0:
             x = x * self.embedding_multiplier
-        for layer in self.layers:
+        for layer, table in zip(self.layers, self.rope_tables, strict=True):
+            packed = tables[table]
             if self.recompute and torch.is_grad_enabled():
                 x, residual = checkpoint(layer, x, residual, packed, use_reentrant=False)
             else:
@@ -117,7 +133,7 @@ class CausalLM(nn.Module):
         self.model = Decoder(spec, dtype, device)
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, dtype=dtype, device=device)
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._rope: list[tuple[Tensor, Tensor]] = []
         if self.model.norm.weight.device.type != "meta":
             initialize(self, seed=seed, num_layers=spec.num_layers)
 
@@ -177,8 +193,11 @@ class CausalLM(nn.Module):
             input_ids.shape, position_ids, segment_offsets, self.spec.max_position_embeddings, input_ids.device
         )
         num_positions = int(positions.max()) + 1 if positions.numel() else 1
-        cos, sin = self._rope_table(num_positions, input_ids.device)
-        hidden = self.model(input_ids.reshape(-1), PackedPositions(positions, offsets, cos, sin))
+        tables = [
+            PackedPositions(positions, offsets, cos, sin)
+            for cos, sin in self._rope_tables(num_positions, input_ids.device)
+        ]
+        hidden = self.model(input_ids.reshape(-1), tables)
         if targets is None:
             logits = matmul(hidden, self.output_weight, out_dtype=torch.float32)
             return logits.view(*input_ids.shape, -1)
@@ -200,10 +219,10 @@ class CausalLM(nn.Module):
             expected = f"0 to {self.spec.vocab_size - 1}" + (f" or {IGNORE}" if allow_ignore else "")
             raise ArgumentError(f"{name}: expected ids {expected}, got {int(ids[wrong][0])}")
 
-    def _rope_table(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A row of the table depends on its position alone, so growing the table changes no result."""
-        if self._rope is None or len(self._rope[0]) < num_positions or self._rope[0].device != device:
+    def _rope_tables(self, num_positions: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """A row of a table depends on its position alone, so growing the tables changes no result."""
+        if not self._rope or len(self._rope[0][0]) < num_positions or self._rope[0][0].device != device:
             size = min(1 << (num_positions - 1).bit_length(), self.spec.max_position_embeddings)
-            cos, sin = rope_table(torch.from_numpy(self.spec.inv_freq()), size)
-            self._rope = cos.to(device), sin.to(device)
+            tables = [rope_table(torch.from_numpy(inv_freq), size) for inv_freq in self.spec.rope_tables()]
+            self._rope = [(cos.to(device), sin.to(device)) for cos, sin in tables]
         return self._rope

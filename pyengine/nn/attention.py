@@ -37,7 +37,7 @@ class Attention(nn.Module):
     Args:
         qkv_bias, o_bias: whether these projections have one.
         qk_norm: None, or the RMS norm of q and k: of each "head", or of their "full" width.
-        norm_eps: of that norm.
+        norm_eps, norm_weight_offset: of that norm.
         use_rope: whether q and k turn with the position; with tables narrower than head_dim / 2, only the leading part
             of each head.
         sliding_window: tokens that a token sees, itself included.
@@ -55,6 +55,7 @@ class Attention(nn.Module):
         o_bias: bool = False,
         qk_norm: str | None = None,
         norm_eps: float = 1e-6,
+        norm_weight_offset: float = 0.0,
         use_rope: bool = True,
         sliding_window: int | None = None,
         scale: float | None = None,
@@ -75,8 +76,8 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden_size, kv_size, bias=qkv_bias, dtype=dtype, device=device)
         if qk_norm is not None:
             q_width, k_width = (head_dim, head_dim) if qk_norm == "head" else (q_size, kv_size)
-            self.q_norm = RMSNorm(q_width, eps=norm_eps, dtype=dtype, device=device)
-            self.k_norm = RMSNorm(k_width, eps=norm_eps, dtype=dtype, device=device)
+            self.q_norm = RMSNorm(q_width, eps=norm_eps, weight_offset=norm_weight_offset, dtype=dtype, device=device)
+            self.k_norm = RMSNorm(k_width, eps=norm_eps, weight_offset=norm_weight_offset, dtype=dtype, device=device)
         self.o_proj = Linear(q_size, hidden_size, bias=o_bias, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, packed: PackedPositions) -> Tensor:

@@ -184,6 +184,10 @@ def _metadata(source: WeightSource) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _encode(source: WeightSource, name: str, wanted: str, search: bool) -> npt.NDArray[np.uint8]:
     """The weight as it stands in the file: uint8 [num_rows, row_bytes], rows in the order of GGUF."""
+    offset = source.spec.norm_weight_offset
+    if offset != 0.0 and name.endswith("norm.weight"):
+        # GGUF has no such offset: its norms hold the sum.
+        return _convert(source.dense(name).reshape(-1, 1) + np.float32(offset), wanted, search)
     if source.stored_format(name) == wanted:
         rows, stored_order = source.raw(name)
         rows = rows if stored_order is None else rows[stored_order]

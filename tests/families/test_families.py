@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,6 +62,13 @@ CONFIG: dict[str, Any] = {
             {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}},
         ),
         ("phi3", "rotary_dim", {"partial_rotary_factor": 0.2}),
+        ("gemma3_text", "attn_logit_softcapping", {"attn_logit_softcapping": 50.0}),
+        ("gemma3_text", "final_logit_softcapping", {"final_logit_softcapping": 30.0}),
+        ("gemma3_text", "use_bidirectional_attention", {"use_bidirectional_attention": True}),
+        ("gemma3_text", "hidden_activation", {"hidden_activation": "silu"}),
+        ("gemma3_text", "query_pre_attn_scalar", {"query_pre_attn_scalar": 0}),
+        ("gemma3_text", "sliding_window_pattern", {"sliding_window_pattern": 0}),
+        ("gemma3_text", "rope_parameters.rope_theta", {"rope_parameters": {"rope_theta": 1e4}}),
         ("olmo2", "clip_qkv", {"clip_qkv": 8.0}),
         ("olmo2", "hidden_act", {"hidden_act": "gelu"}),
     ],
@@ -81,6 +89,10 @@ def test_a_bad_key_is_named(model_type: str, key: str, extra: dict[str, Any]) ->
         ("smollm3", {"num_hidden_layers": 9}),
         ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5}),
         ("phi3", {"partial_rotary_factor": 0.5}),
+        ("gemma3_text", {"num_hidden_layers": 13, "rope_theta": 5e5, "rope_local_base_freq": 2e4}),
+        ("gemma3_text", {"num_hidden_layers": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 168}),
+        ("gemma3_text", {"num_hidden_layers": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
     ],
 )
 def test_a_config_that_says_little_means_what_it_means_to_transformers(model_type: str, extra: dict[str, Any]) -> None:
@@ -128,13 +140,17 @@ def test_a_field_that_config_json_cannot_say_is_named(family: str, field: str, o
         ("phi3", "rope.scaling.type", "longrope"),
         ("olmo2", "attention.clamp_kqv", 8.0),
         ("smollm3", "residual_scale", 0.5),
+        ("gemma3", "attention.sliding_window", None),
+        ("gemma3", "final_logit_softcapping", 30.0),
     ],
 )
 def test_a_bad_gguf_key_is_named(family: str, key: str, value: Any) -> None:
-    spec = spec_from_config(CONFIG | {"model_type": family, "no_rope_layer_interval": 4})
+    model_type = "gemma3_text" if family == "gemma3" else family
+    spec = spec_from_config(CONFIG | {"model_type": model_type, "no_rope_layer_interval": 4})
     metadata = gguf_metadata_from_spec(spec)
     names = family_of(spec).gguf_tensor_names(spec).values()
-    assert spec_from_gguf(metadata, names) == spec
+    # Norms in a GGUF file hold the sum of weight and offset.
+    assert replace(spec_from_gguf(metadata, names), norm_weight_offset=spec.norm_weight_offset) == spec
     with pytest.raises(ArgumentError, match=rf"^{family}\.{key}: expected "):
         spec_from_gguf(metadata | {f"{family}.{key}": value}, names)
 
