@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +46,7 @@ class DecoderLayer(nn.Module):
             norm_eps=spec.norm_eps,
             norm_weight_offset=spec.norm_weight_offset,
             use_rope=spec.has_rope(layer),
+            use_local_rope=spec.rope_table_of(layer) == 1,
             sliding_window=spec.window_of(layer),
             scale=spec.softmax_scale,
             dtype=dtype,
@@ -90,17 +90,18 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.embedding_multiplier = spec.embedding_multiplier
         self.logits_divisor = spec.logits_divisor
-        self.rope_tables = [spec.rope_table_of(layer) for layer in range(spec.num_layers)]
         self.layers = nn.ModuleList(DecoderLayer(spec, layer, dtype, device) for layer in range(spec.num_layers))
         self.norm = _norm(spec, dtype, device)
 
-    def forward(self, input_ids: Tensor, tables: Sequence[PackedPositions]) -> Tensor:
-        """input_ids [num_tokens] -> [num_tokens, hidden_size]. `tables`: positions with each rotary table."""
-        x, residual = self.embed_tokens(input_ids), None
-        if self.embedding_multiplier != 1.0:
-            x = x * self.embedding_multiplier
-        for layer, table in zip(self.layers, self.rope_tables, strict=True):
-            packed = tables[table]
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids [num_tokens] -> what enters the first layer, [num_tokens, hidden_size]."""
+        x: Tensor = self.embed_tokens(input_ids)
+        return x if self.embedding_multiplier == 1.0 else x * self.embedding_multiplier
+
+    def forward(self, input_ids: Tensor, packed: PackedPositions) -> Tensor:
+        """input_ids [num_tokens] -> [num_tokens, hidden_size]."""
+        x, residual = self.embed(input_ids), None
+        for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x, residual = checkpoint(layer, x, residual, packed, use_reentrant=False)
             else:
@@ -186,28 +187,33 @@ class CausalLM(nn.Module):
         Raises:
             ArgumentError: shapes or values that do not fit.
         """
-        self._check_ids("input_ids", input_ids, allow_ignore=False)
+        self.check_ids("input_ids", input_ids)
         if input_ids.dim() not in (1, 2):
             raise ArgumentError(f"input_ids: expected shape [T] or [B, T], got {tuple(input_ids.shape)}")
-        positions, offsets = pack_positions(
-            input_ids.shape, position_ids, segment_offsets, self.spec.max_position_embeddings, input_ids.device
-        )
-        num_positions = int(positions.max()) + 1 if positions.numel() else 1
-        tables = [
-            PackedPositions(positions, offsets, cos, sin)
-            for cos, sin in self._rope_tables(num_positions, input_ids.device)
-        ]
-        hidden = self.model(input_ids.reshape(-1), tables)
+        packed = self.packed_positions(input_ids, position_ids, segment_offsets)
+        hidden = self.model(input_ids.reshape(-1), packed)
         if targets is None:
             logits = matmul(hidden, self.output_weight, out_dtype=torch.float32)
             return logits.view(*input_ids.shape, -1)
         if targets.shape != input_ids.shape:
             raise ArgumentError(f"targets: expected shape {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
-        self._check_ids("targets", targets, allow_ignore=True)
+        self.check_ids("targets", targets, allow_ignore=True)
         nll = linear_cross_entropy(hidden, self.output_weight, targets.reshape(-1), ignore_index=IGNORE)
         return nll.view(input_ids.shape)
 
-    def _check_ids(self, name: str, ids: Tensor, *, allow_ignore: bool) -> None:
+    def packed_positions(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, segment_offsets: Tensor | None = None
+    ) -> PackedPositions:
+        """What the layers need to know of a batch beside its values; arguments as in `forward`."""
+        positions, offsets = pack_positions(
+            input_ids.shape, position_ids, segment_offsets, self.spec.max_position_embeddings, input_ids.device
+        )
+        num_positions = int(positions.max()) + 1 if positions.numel() else 1
+        tables = self._rope_tables(num_positions, input_ids.device)
+        return PackedPositions(positions, offsets, *tables[0], local=tables[1] if len(tables) > 1 else None)
+
+    def check_ids(self, name: str, ids: Tensor, *, allow_ignore: bool = False) -> None:
+        """Raises ArgumentError with `name` unless `ids` are integers in [0, vocab_size), or `IGNORE` where allowed."""
         if ids.dtype not in (torch.int32, torch.int64):
             raise ArgumentError(f"{name}: expected torch.int32 or torch.int64, got {ids.dtype}")
         if ids.device.type == "meta" or not ids.numel():

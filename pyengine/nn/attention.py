@@ -21,12 +21,14 @@ class PackedPositions:
         position_ids: [num_tokens] int32, from 0 within the token's own sequence.
         segment_offsets: [num_segments + 1] int32; segment i is [segment_offsets[i], segment_offsets[i + 1]).
         cos, sin: [num_positions, P] float32, the rotary table of the P pairs of a head that turn.
+        local: the same for layers that have another one, or None.
     """
 
     position_ids: Tensor
     segment_offsets: Tensor
     cos: Tensor
     sin: Tensor
+    local: tuple[Tensor, Tensor] | None = None
 
 
 class Attention(nn.Module):
@@ -40,6 +42,7 @@ class Attention(nn.Module):
         norm_eps, norm_weight_offset: of that norm.
         use_rope: whether q and k turn with the position; with tables narrower than head_dim / 2, only the leading part
             of each head.
+        use_local_rope: whether they turn by the table `PackedPositions.local`.
         sliding_window: tokens that a token sees, itself included.
         scale: of q @ k; 1 / sqrt(head_dim) by default.
     """
@@ -57,6 +60,7 @@ class Attention(nn.Module):
         norm_eps: float = 1e-6,
         norm_weight_offset: float = 0.0,
         use_rope: bool = True,
+        use_local_rope: bool = False,
         sliding_window: int | None = None,
         scale: float | None = None,
         dtype: torch.dtype | None = None,
@@ -68,6 +72,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.qk_norm = qk_norm
         self.use_rope = use_rope
+        self.use_local_rope = use_local_rope
         self.sliding_window = sliding_window
         self.scale = scale
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
@@ -101,12 +106,14 @@ class Attention(nn.Module):
         )
         return self.o_proj(y.flatten(-2))  # type: ignore[no-any-return]
 
-    @staticmethod
-    def _rotate(x: Tensor, packed: PackedPositions) -> Tensor:
-        width = 2 * packed.cos.shape[-1]
+    def _rotate(self, x: Tensor, packed: PackedPositions) -> Tensor:
+        cos, sin = packed.cos, packed.sin
+        if self.use_local_rope and packed.local is not None:
+            cos, sin = packed.local
+        width = 2 * cos.shape[-1]
         if width == x.shape[-1]:
-            return rope(x, packed.cos, packed.sin, packed.position_ids)
-        turned = rope(x[..., :width], packed.cos, packed.sin, packed.position_ids)
+            return rope(x, cos, sin, packed.position_ids)
+        turned = rope(x[..., :width], cos, sin, packed.position_ids)
         return torch.cat([turned, x[..., width:]], -1)
 
     def extra_repr(self) -> str:

@@ -17,6 +17,7 @@ from infer.test_training_parity import assert_parity, documents  # noqa: E402
 from infer.transformers_peer import greedy, logits, to_exact  # noqa: E402
 
 from pyengine import LLM, SamplingParams  # noqa: E402
+from pyengine.calibrate import round_to_calibration  # noqa: E402
 from pyengine.errors import ArgumentError  # noqa: E402
 from pyengine.families import FAMILIES, config_from_spec, family_of, gguf_metadata_from_spec, load_spec  # noqa: E402
 from pyengine.formats import open_gguf  # noqa: E402
@@ -238,6 +239,22 @@ def test_gguf_holds_the_model(tmp_path, name, weights):
         for key, value in from_pretrained(out).state_dict().items():
             expected = model.state_dict()[key]
             assert_same_bits(value, expected + offset if key.endswith("norm.weight") else expected)
+
+
+@pytest.mark.parametrize("name", ["granite", "phi3", "olmo2", "gemma3"])
+def test_rounding_to_calibration_reaches_the_file(tmp_path, name):
+    """The file computes what the rounded model computes, and other than rounding to nearest does."""
+    folder = make(tmp_path / "model", name)
+    model = from_pretrained(folder)
+    nearest, calibrated = tmp_path / "nearest.gguf", tmp_path / "calibrated.gguf"
+    quantize_to_gguf(folder, nearest, weights="q4_1", embedding="float32")
+    rounded = round_to_calibration(model, [random_ids(200, 8)], "q4_1")
+    quantize_to_gguf(folder, calibrated, weights="q4_1", embedding="float32", rounded=rounded)
+    ids = torch.tensor(random_ids(40, 9))
+    with torch.no_grad():
+        logits = model(ids)
+        assert_same_bits(from_pretrained(calibrated)(ids), logits)
+        assert not torch.equal(from_pretrained(nearest)(ids), logits)
 
 
 @pytest.mark.parametrize("name", GGUF_MODELS)
