@@ -6,7 +6,7 @@ A family is mostly a table. What a table cannot say is in four methods, which a 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -122,9 +122,10 @@ class Family:
             else:
                 value = get_float(config, option.config_key, option.default)
             values |= dict.fromkeys(option.fields, value)
+        values |= self.traits
+        self._check_sizes(values)
         if self.partial_rotary and (factor := partial_rotary_factor(config)) != 1.0:
             values["rotary_dim"] = int(values["head_dim"] * factor)
-        values |= self.traits
         values |= self.fields_from_config(config, values)
         return ModelSpec(family=self.name, **values)
 
@@ -179,6 +180,7 @@ class Family:
         for name in self.gguf_biases:
             values[name] = "blk.0." + gguf_keys.BIASES[name] in tensor_names
         values |= self.traits
+        self._check_sizes(values)
         values |= self.fields_from_gguf(metadata, values)
         spec = ModelSpec(family=self.name, **values)
         known = set(self.gguf_tensor_names(spec).values())
@@ -234,6 +236,12 @@ class Family:
             if f".{part}." in name:
                 return name.replace(part, names[index])
         return default
+
+    def _check_sizes(self, values: Mapping[str, Any]) -> None:
+        """Raises ArgumentError for sizes out of range, before a list is made or a root taken of one."""
+        names = {item.name for item in fields(ModelSpec) if item.default is MISSING}
+        checked = {name: values[name] for name in names if name in values}
+        ModelSpec(**checked | {"family": self.name, "rope": RopeSpec(theta=values["rope"].theta)})
 
     def _check_same(self, spec: ModelSpec, back: ModelSpec, where: str) -> None:
         """Raises ArgumentError with the first field that the description `where` does not hold."""

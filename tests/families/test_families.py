@@ -80,6 +80,28 @@ def test_a_bad_key_is_named(model_type: str, key: str, extra: dict[str, Any]) ->
     assert str(caught.value).startswith(f"{key}: expected ")
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "head_dim", "num_attention_heads"])
+@pytest.mark.parametrize("value", [0, -1, 10**12, 10**400], ids=["zero", "negative", "trillion", "endless"])
+@pytest.mark.parametrize("model_type", [model_type for family in FAMILIES for model_type in family.model_types])
+def test_sizes_are_checked_before_they_are_used(model_type: str, value: int, key: str) -> None:
+    """A list per layer, a root or a product of such a number would take all memory or raise something else."""
+    config = CONFIG | {"model_type": model_type, "head_dim": 16, key: value}
+    if model_type == "gemma3_text":
+        config["query_pre_attn_scalar"] = 16
+    with pytest.raises(ArgumentError, match=r"expected .*, got"):
+        spec_from_config(config)
+    family = next(family for family in FAMILIES if model_type in family.model_types)
+    spec = spec_from_config(config | {key: 16} | ({"num_key_value_heads": 1} if "heads" in key else {}))
+    if family.name == "llama":
+        spec = replace(spec, sliding_window=None)
+    names = {"num_hidden_layers": "block_count", "hidden_size": "embedding_length"}
+    names |= {"head_dim": "attention.key_length", "num_attention_heads": "attention.head_count"}
+    prefix = f"{family.gguf_architecture}."
+    metadata = gguf_metadata_from_spec(spec) | {prefix + names[key]: value, prefix + "attention.value_length": None}
+    with pytest.raises(ArgumentError, match=r"expected .*, got"):
+        spec_from_gguf(metadata, family.gguf_tensor_names(spec).values())
+
+
 @pytest.mark.parametrize(
     ("model_type", "extra"),
     [

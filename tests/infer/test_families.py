@@ -92,15 +92,6 @@ MODELS = {
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """The threads of torch spin between operations and would take the cores from the native pool."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(folder, name, dtype=torch.float32):
     model_type, overrides = MODELS[name]
     return tiny_model(folder, model_type, dtype=dtype, **overrides)
