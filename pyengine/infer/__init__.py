@@ -1,7 +1,20 @@
 """Inference: `LLM`, sampling options, results. Nothing here imports torch."""
 
+from pyengine.infer.beam_search import BeamSearchParams
+from pyengine.infer.grammar import StructuredOutputError
 from pyengine.infer.llm import LLM
 from pyengine.infer.outputs import Completion, Score, TextPiece, TokenLogprobs
 from pyengine.infer.sampling_params import SamplingParams
+from pyengine.infer.structured_outputs import StructuredOutputs
 
-__all__ = ["LLM", "Completion", "SamplingParams", "Score", "TextPiece", "TokenLogprobs"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "Completion",
+    "SamplingParams",
+    "Score",
+    "StructuredOutputError",
+    "StructuredOutputs",
+    "TextPiece",
+    "TokenLogprobs",
+]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 
 from pyengine.errors import CapacityError
-from pyengine.infer.runner import Runner, SampleRow
+from pyengine.infer.runner import Runner
 from pyengine.infer.sequence import Sequence
 
 
@@ -39,27 +39,24 @@ class Scheduler:
         return not self._waiting and not self._running
 
     def step(self) -> None:
-        """One native step. Puts a text piece into the inbox of each sequence that got a token."""
+        """One native step. Each sequence that got a token accepts it."""
         plan = self._plan()
         if not plan:
             return
         token_ids: list[int] = []
         slots: list[int] = []
         sampled: list[Sequence] = []
-        rows: list[SampleRow] = []
+        rows: list[int] = []
         for sequence, slot, chunk in plan:
             token_ids += chunk
             slots += [slot] * len(chunk)
             sequence.num_cached += len(chunk)
             if sequence.num_cached == sequence.num_tokens:
                 sampled.append(sequence)
-                rows.append(
-                    SampleRow(len(token_ids) - 1, sequence.params, sequence.prompt_token_ids + sequence.token_ids)
-                )
-        for sequence, token in zip(sampled, self._runner.step(token_ids, slots, rows), strict=True):
-            piece = sequence.accept(token)
-            sequence.inbox.append(piece)
-            if piece.completion is not None:
+                rows.append(len(token_ids) - 1)
+        tokens, logprobs = self._runner.step(token_ids, slots, rows, sampled)
+        for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+            if sequence.accept(token, logprob):
                 self._running.remove(sequence)
                 self._release(sequence)
 
