@@ -14,6 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError
+from pyengine.rope_spec import (
+    MAX_POSITIONS,
+    FactorScaling,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    RopeSpec,
+    check_float,
+    check_int,
+    rope_from_dict,
+    rope_to_dict,
+    take,
+)
+
+__all__ = ["FactorScaling", "LinearScaling", "Llama3Scaling", "ModelSpec", "RopeScaling", "RopeSpec"]
 
 MAX_VOCAB_SIZE = 1 << 24
 MAX_HIDDEN_SIZE = 1 << 17
@@ -21,69 +36,7 @@ MAX_INTERMEDIATE_SIZE = 1 << 20
 MAX_NUM_LAYERS = 1024
 MAX_NUM_HEADS = 2048
 MAX_HEAD_DIM = 1024
-MAX_POSITIONS = 1 << 28
 MAX_EOS_TOKENS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearScaling:
-    """Every frequency divided by `factor` (position interpolation)."""
-
-    factor: float
-
-    def __post_init__(self) -> None:
-        _check_float(self, "rope.scaling.factor", "factor", low=1.0, high=1e6)
-
-    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return inv_freq / self.factor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Low frequencies divided by `factor`, high ones kept, a linear blend between (Llama 3.1)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        _check_float(self, "rope.scaling.factor", "factor", low=1.0, high=1e6)
-        _check_float(self, "rope.scaling.low_freq_factor", "low_freq_factor", low=1e-6, high=1e6)
-        _check_float(self, "rope.scaling.high_freq_factor", "high_freq_factor", low=1e-6, high=1e6)
-        name = "rope.scaling.original_max_position_embeddings"
-        _check_int(self, name, "original_max_position_embeddings", low=1, high=MAX_POSITIONS)
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ArgumentError(
-                f"rope.scaling.high_freq_factor: expected more than low_freq_factor = {self.low_freq_factor}, "
-                f"got {self.high_freq_factor}"
-            )
-
-    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        # How many periods of each frequency fit into the context that the model was pretrained on.
-        num_periods = self.original_max_position_embeddings * inv_freq / (2.0 * math.pi)
-        blend = (num_periods - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        blend = np.clip(blend, 0.0, 1.0)
-        return inv_freq * (blend + (1.0 - blend) / self.factor)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactorScaling:
-    """One divisor per frequency, as a GGUF file stores them in `rope_freqs.weight` [D/2]."""
-
-    factors: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.factors, tuple):
-            raise ArgumentError(f"rope.scaling.factors: expected a tuple, got {type(self.factors).__name__}")
-        for index, factor in enumerate(self.factors):
-            if not isinstance(factor, float) or not 1e-6 <= factor <= 1e6:
-                raise ArgumentError(
-                    f"rope.scaling.factors[{index}]: expected a float in [1e-06, 1e+06], got {factor!r}"
-                )
-
-    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return inv_freq / np.asarray(self.factors, dtype=np.float64)
 
 
 # What a norm does -> its name in a layer, for every placement of the norms.
@@ -99,22 +52,6 @@ NORM_NAMES: dict[str, dict[str, str]] = {
 }
 QK_NORMS = (None, "head", "full")
 GATE_ACTIVATIONS = ("silu", "gelu_tanh")
-
-RopeScaling = LinearScaling | Llama3Scaling | FactorScaling
-_SCALINGS: dict[str, type[RopeScaling]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "factors": FactorScaling}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeSpec:
-    """Rotary position embedding: pair i of a head turns by position * theta^(-2i/D), after `scaling`."""
-
-    theta: float
-    scaling: RopeScaling | None = None
-
-    def __post_init__(self) -> None:
-        _check_float(self, "rope.theta", "theta", low=1.0, high=1e12)
-        if self.scaling is not None and not isinstance(self.scaling, tuple(_SCALINGS.values())):
-            raise ArgumentError(f"rope.scaling: expected None or a scaling dataclass, got {self.scaling!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +124,8 @@ class ModelSpec:
             ("head_dim", MAX_HEAD_DIM),
             ("max_position_embeddings", MAX_POSITIONS),
         ):
-            _check_int(self, name, name, low=1, high=high)
-        _check_float(self, "norm_eps", "norm_eps", low=0.0, high=1.0)
+            check_int(self, name, name, low=1, high=high)
+        check_float(self, "norm_eps", "norm_eps", low=0.0, high=1.0)
         if self.num_heads % self.num_kv_heads:
             raise ArgumentError(
                 f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, got {self.num_kv_heads}"
@@ -198,7 +135,7 @@ class ModelSpec:
         if not isinstance(self.rope, RopeSpec):
             raise ArgumentError(f"rope: expected a RopeSpec, got {type(self.rope).__name__}")
         if self.rotary_dim is not None:
-            _check_int(self, "rotary_dim", "rotary_dim", low=2, high=self.head_dim - 2)
+            check_int(self, "rotary_dim", "rotary_dim", low=2, high=self.head_dim - 2)
             if self.rotary_dim % 2:
                 raise ArgumentError(f"rotary_dim: expected an even number, got {self.rotary_dim}")
         if self.local_rope is not None and (not isinstance(self.local_rope, RopeSpec) or self.sliding_window is None):
@@ -219,16 +156,16 @@ class ModelSpec:
         _check_choice(self, "qk_norm", QK_NORMS)
         _check_choice(self, "norm_placement", tuple(NORM_NAMES))
         _check_choice(self, "gate_activation", GATE_ACTIVATIONS)
-        _check_float(self, "norm_weight_offset", "norm_weight_offset", low=0.0, high=1.0)
+        check_float(self, "norm_weight_offset", "norm_weight_offset", low=0.0, high=1.0)
         for name in ("embedding_multiplier", "residual_multiplier", "attention_scale", "logits_divisor"):
             if name != "attention_scale" or self.attention_scale is not None:
-                _check_float(self, name, name, low=1e-6, high=1e6)
+                check_float(self, name, name, low=1e-6, high=1e6)
         if self.norm_weight_offset not in (0.0, 1.0):
             raise ArgumentError(f"norm_weight_offset: expected 0 or 1, got {self.norm_weight_offset}")
         if self.norm_weight_offset != 0.0 and self.logits_divisor != 1.0:
             raise ArgumentError(f"logits_divisor: expected 1 beside a norm_weight_offset, got {self.logits_divisor}")
         if self.sliding_window is not None:
-            _check_int(self, "sliding_window", "sliding_window", low=1, high=MAX_POSITIONS)
+            check_int(self, "sliding_window", "sliding_window", low=1, high=MAX_POSITIONS)
         elif self.full_attention_layers:
             raise ArgumentError(
                 f"full_attention_layers: expected none without a sliding_window, got {self.full_attention_layers!r:.80}"
@@ -237,7 +174,7 @@ class ModelSpec:
         _check_layers(self, "nope_layers")
         for name in ("bos_token_id", "pad_token_id"):
             if getattr(self, name) is not None:
-                _check_int(self, name, name, low=0, high=self.vocab_size - 1)
+                check_int(self, name, name, low=0, high=self.vocab_size - 1)
         if not isinstance(self.eos_token_ids, tuple) or len(self.eos_token_ids) > MAX_EOS_TOKENS:
             raise ArgumentError(
                 f"eos_token_ids: expected a tuple of at most {MAX_EOS_TOKENS} ids, got {self.eos_token_ids!r:.80}"
@@ -253,17 +190,17 @@ class ModelSpec:
         result: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in _TUPLES:
             result[name] = list(result[name])
-        result["rope"] = _rope_to_dict(self.rope)
-        result["local_rope"] = None if self.local_rope is None else _rope_to_dict(self.local_rope)
+        result["rope"] = rope_to_dict(self.rope)
+        result["local_rope"] = None if self.local_rope is None else rope_to_dict(self.local_rope)
         return result
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
         """Inverse of `to_dict`. A missing or unknown key is an ArgumentError."""
-        arguments = _take(values, "spec", {field.name for field in fields(cls)})
-        arguments["rope"] = _rope_from_dict(arguments["rope"], "rope")
+        arguments = take(values, "spec", {field.name for field in fields(cls)})
+        arguments["rope"] = rope_from_dict(arguments["rope"], "rope")
         if arguments["local_rope"] is not None:
-            arguments["local_rope"] = _rope_from_dict(arguments["local_rope"], "local_rope")
+            arguments["local_rope"] = rope_from_dict(arguments["local_rope"], "local_rope")
         for name in _TUPLES:
             if not isinstance(arguments[name], list | tuple):
                 raise ArgumentError(f"{name}: expected a list, got {arguments[name]!r:.80}")
@@ -359,70 +296,6 @@ class ModelSpec:
 
 
 _TUPLES = ("eos_token_ids", "full_attention_layers", "nope_layers")
-
-
-def _rope_to_dict(rope: RopeSpec) -> dict[str, Any]:
-    return {"theta": rope.theta, "scaling": _scaling_to_dict(rope.scaling)}
-
-
-def _rope_from_dict(values: Any, name: str) -> RopeSpec:
-    values = _take(_mapping(values, name), name, {"theta", "scaling"})
-    return RopeSpec(theta=values["theta"], scaling=_scaling_from_dict(values["scaling"]))
-
-
-def _scaling_to_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if isinstance(scaling, FactorScaling):
-        return {"type": "factors", "factors": list(scaling.factors)}
-    name = next(name for name, kind in _SCALINGS.items() if type(scaling) is kind)
-    return {"type": name} | {field.name: getattr(scaling, field.name) for field in fields(scaling)}
-
-
-def _scaling_from_dict(values: Any) -> RopeScaling | None:
-    if values is None:
-        return None
-    values = dict(_mapping(values, "rope.scaling"))
-    name = values.pop("type", None)
-    if not isinstance(name, str) or name not in _SCALINGS:
-        raise ArgumentError(f"rope.scaling.type: expected one of {sorted(_SCALINGS)}, got {name!r}")
-    kind = _SCALINGS[name]
-    arguments = _take(values, "rope.scaling", {field.name for field in fields(kind)})
-    if isinstance(arguments.get("factors"), list):
-        arguments["factors"] = tuple(arguments["factors"])
-    return kind(**arguments)
-
-
-def _mapping(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ArgumentError(f"{name}: expected a mapping, got {type(value).__name__}")
-    return value
-
-
-def _take(values: Mapping[str, Any], name: str, expected: set[str]) -> dict[str, Any]:
-    """A copy of `values`, which must have exactly the expected keys."""
-    values = _mapping(values, name)
-    if missing := sorted(expected - values.keys()):
-        raise ArgumentError(f"{name}: expected the key {missing[0]!r}, got none")
-    if unknown := sorted(str(key) for key in values.keys() - expected):
-        raise ArgumentError(f"{name}: expected only the keys {sorted(expected)}, got {unknown[0]!r:.80}")
-    return dict(values)
-
-
-def _check_int(owner: object, name: str, attribute: str, *, low: int, high: int) -> None:
-    value = getattr(owner, attribute)
-    # bool is an int in Python, never in a model description.
-    if type(value) is not int or not low <= value <= high:
-        raise ArgumentError(f"{name}: expected an int in [{low}, {high}], got {value!r:.80}")
-
-
-def _check_float(owner: object, name: str, attribute: str, *, low: float, high: float) -> None:
-    value = getattr(owner, attribute)
-    if type(value) is int and abs(value) < 1 << 53:
-        value = float(value)
-        object.__setattr__(owner, attribute, value)
-    if type(value) is not float or not low <= value <= high:
-        raise ArgumentError(f"{name}: expected a float in [{low:g}, {high:g}], got {value!r:.80}")
 
 
 def _check_choice(owner: object, name: str, choices: tuple[str | None, ...]) -> None:

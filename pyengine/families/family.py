@@ -183,10 +183,9 @@ class Family:
         self._check_sizes(values)
         values |= self.fields_from_gguf(metadata, values)
         spec = ModelSpec(family=self.name, **values)
-        known = set(self.gguf_tensor_names(spec).values())
-        extra = sorted(name for name in tensor_names if name.startswith("blk.") and name not in known)
+        extra = sorted(set(tensor_names) - {*self.gguf_tensor_names(spec).values(), "rope_freqs.weight"})
         if extra:
-            kind = "bias" if extra[0].endswith(".bias") else "other tensors"
+            kind = "bias" if extra[0].endswith(".bias") else "tensors beyond those of the model"
             raise ArgumentError(f"tensor_names: expected no {kind}, got {extra[0]!r:.80}")
         return spec
 

@@ -62,8 +62,12 @@ def save_pretrained(model: CausalLM, folder: str | os.PathLike[str]) -> None:
     """Write config.json and model.safetensors, which transformers and `from_pretrained` load to the same logits.
 
     Each file appears whole or not at all; weights keep their dtype.
+
+    Raises:
+        ArgumentError: a model that config.json cannot describe, such as one of Gemma from a GGUF file, whose norms hold
+            the sum of weight and offset.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), config_json(model)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: to_numpy(tensor) for name, tensor in model.state_dict().items()}
     names = family_of(model.spec).folder_tensor_names(model.spec)
@@ -73,7 +77,7 @@ def save_pretrained(model: CausalLM, folder: str | os.PathLike[str]) -> None:
     }
     write_safetensors(folder / SAFETENSORS_NAME, tensors, metadata={"format": "pt"})
     with atomic_write(folder / "config.json") as file:
-        file.write(config_json(model))
+        file.write(config)
 
 
 def config_json(model: CausalLM) -> bytes:

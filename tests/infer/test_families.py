@@ -299,10 +299,19 @@ def test_what_gguf_cannot_say_is_an_error(tmp_path, name, field):
         gguf_metadata_from_spec(load_spec(make(tmp_path, name)))
 
 
-def test_a_tensor_that_is_not_computed_is_an_error(tmp_path):
+def test_what_config_json_cannot_say_leaves_no_file(tmp_path):
+    quantize_to_gguf(make(tmp_path / "model", "gemma3"), tmp_path / "model.gguf", weights="q8_0")
+    with pytest.raises(
+        ArgumentError, match=r"^norm_weight_offset: expected 1\.0, which config\.json can say, got 0\.0"
+    ):
+        save_pretrained(from_pretrained(tmp_path / "model.gguf"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("extra", ["blk.0.attn_q.bias", "blk.1.attn_sinks.weight", "rope_factors_long.weight"])
+def test_a_tensor_that_is_not_computed_is_an_error(tmp_path, extra):
     folder = make(tmp_path / "model", "qwen3")
     quantize_to_gguf(folder, tmp_path / "model.gguf", weights="float32", embedding="float32")
     reader = open_gguf(tmp_path / "model.gguf")
-    spec = load_spec(folder)
-    with pytest.raises(ArgumentError, match=r"^tensor_names: expected no bias, got 'blk\.0\.attn_q\.bias'"):
-        family_of(spec).spec_from_gguf(reader.metadata, {*reader, "blk.0.attn_q.bias"}, None)
+    with pytest.raises(ArgumentError, match=rf"^tensor_names: expected no .*, got '{extra}'"):
+        family_of(load_spec(folder)).spec_from_gguf(reader.metadata, {*reader, extra}, None)
