@@ -14,6 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError
+from pyengine.rope_spec import (
+    MAX_POSITIONS,
+    FactorScaling,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    RopeSpec,
+    check_float,
+    check_int,
+    rope_from_dict,
+    rope_to_dict,
+    take,
+)
+
+__all__ = ["FactorScaling", "LinearScaling", "Llama3Scaling", "ModelSpec", "RopeScaling", "RopeSpec"]
 
 MAX_VOCAB_SIZE = 1 << 24
 MAX_HIDDEN_SIZE = 1 << 17
@@ -21,93 +36,47 @@ MAX_INTERMEDIATE_SIZE = 1 << 20
 MAX_NUM_LAYERS = 1024
 MAX_NUM_HEADS = 2048
 MAX_HEAD_DIM = 1024
-MAX_POSITIONS = 1 << 28
 MAX_EOS_TOKENS = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearScaling:
-    """Every frequency divided by `factor` (position interpolation)."""
-
-    factor: float
-
-    def __post_init__(self) -> None:
-        _check_float(self, "rope.scaling.factor", "factor", low=1.0, high=1e6)
-
-    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return inv_freq / self.factor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Low frequencies divided by `factor`, high ones kept, a linear blend between (Llama 3.1)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        _check_float(self, "rope.scaling.factor", "factor", low=1.0, high=1e6)
-        _check_float(self, "rope.scaling.low_freq_factor", "low_freq_factor", low=1e-6, high=1e6)
-        _check_float(self, "rope.scaling.high_freq_factor", "high_freq_factor", low=1e-6, high=1e6)
-        name = "rope.scaling.original_max_position_embeddings"
-        _check_int(self, name, "original_max_position_embeddings", low=1, high=MAX_POSITIONS)
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ArgumentError(
-                f"rope.scaling.high_freq_factor: expected more than low_freq_factor = {self.low_freq_factor}, "
-                f"got {self.high_freq_factor}"
-            )
-
-    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        # How many periods of each frequency fit into the context that the model was pretrained on.
-        num_periods = self.original_max_position_embeddings * inv_freq / (2.0 * math.pi)
-        blend = (num_periods - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        blend = np.clip(blend, 0.0, 1.0)
-        return inv_freq * (blend + (1.0 - blend) / self.factor)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactorScaling:
-    """One divisor per frequency, as a GGUF file stores them in `rope_freqs.weight` [D/2]."""
-
-    factors: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.factors, tuple):
-            raise ArgumentError(f"rope.scaling.factors: expected a tuple, got {type(self.factors).__name__}")
-        for index, factor in enumerate(self.factors):
-            if not isinstance(factor, float) or not 1e-6 <= factor <= 1e6:
-                raise ArgumentError(
-                    f"rope.scaling.factors[{index}]: expected a float in [1e-06, 1e+06], got {factor!r}"
-                )
-
-    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return inv_freq / np.asarray(self.factors, dtype=np.float64)
-
-
-RopeScaling = LinearScaling | Llama3Scaling | FactorScaling
-_SCALINGS: dict[str, type[RopeScaling]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "factors": FactorScaling}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeSpec:
-    """Rotary position embedding: pair i of a head turns by position * theta^(-2i/D), after `scaling`."""
-
-    theta: float
-    scaling: RopeScaling | None = None
-
-    def __post_init__(self) -> None:
-        _check_float(self, "rope.theta", "theta", low=1.0, high=1e12)
-        if self.scaling is not None and not isinstance(self.scaling, tuple(_SCALINGS.values())):
-            raise ArgumentError(f"rope.scaling: expected None or a scaling dataclass, got {self.scaling!r}")
+# What a norm does -> its name in a layer, for every placement of the norms.
+NORM_NAMES: dict[str, dict[str, str]] = {
+    "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+QK_NORMS = (None, "head", "full")
+GATE_ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A decoder with RMS norm, rotary attention with grouped kv heads and a SwiGLU MLP.
 
-    Every field is checked; ArgumentError names the field, what was expected and what came.
+    Every field is checked; ArgumentError names the field, what was expected and what came. A field that only some
+    families use has a default that computes nothing.
+
+    Attributes:
+        sliding_window: tokens that a token sees, itself included; None: all before it.
+        full_attention_layers: layers that the window does not bound, ascending.
+        local_rope: rotary embedding of the layers that the window bounds, where it is another one.
+        qkv_bias, o_bias, mlp_bias: whether q, k and v, the output of attention, and the products of the MLP have one.
+        qk_norm: RMS norm of q and k before rotation: of each "head" with one weight [D], or of the "full" width.
+        norm_placement: "pre": a norm before attention and before the MLP; "post": one after each, before the sum with
+            the residual stream; "both".
+        norm_weight_offset: added to the weight of every norm: 0 or 1.
+        gate_activation: of the gate of the MLP: "silu", or "gelu_tanh", the tanh form of gelu.
+        rotary_dim: leading elements of a head that turn; None: all of them.
+        nope_layers: layers without rotary embedding, ascending.
+        embedding_multiplier: of the embedding on its way into the first layer.
+        residual_multiplier: of what attention and MLP add to the residual stream.
+        attention_scale: of q @ k; None: 1 / sqrt(D).
+        logits_divisor: logits are divided by it.
     """
 
     family: str
@@ -123,6 +92,21 @@ class ModelSpec:
     rope: RopeSpec
     tie_word_embeddings: bool
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    local_rope: RopeSpec | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str | None = None
+    norm_placement: str = "pre"
+    norm_weight_offset: float = 0.0
+    gate_activation: str = "silu"
+    rotary_dim: int | None = None
+    nope_layers: tuple[int, ...] = ()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_scale: float | None = None
+    logits_divisor: float = 1.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -140,8 +124,8 @@ class ModelSpec:
             ("head_dim", MAX_HEAD_DIM),
             ("max_position_embeddings", MAX_POSITIONS),
         ):
-            _check_int(self, name, name, low=1, high=high)
-        _check_float(self, "norm_eps", "norm_eps", low=0.0, high=1.0)
+            check_int(self, name, name, low=1, high=high)
+        check_float(self, "norm_eps", "norm_eps", low=0.0, high=1.0)
         if self.num_heads % self.num_kv_heads:
             raise ArgumentError(
                 f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, got {self.num_kv_heads}"
@@ -150,18 +134,47 @@ class ModelSpec:
             raise ArgumentError(f"head_dim: expected an even number, got {self.head_dim}")
         if not isinstance(self.rope, RopeSpec):
             raise ArgumentError(f"rope: expected a RopeSpec, got {type(self.rope).__name__}")
-        if isinstance(self.rope.scaling, FactorScaling) and len(self.rope.scaling.factors) != self.head_dim // 2:
+        if self.rotary_dim is not None:
+            check_int(self, "rotary_dim", "rotary_dim", low=2, high=self.head_dim - 2)
+            if self.rotary_dim % 2:
+                raise ArgumentError(f"rotary_dim: expected an even number, got {self.rotary_dim}")
+        if self.local_rope is not None and (not isinstance(self.local_rope, RopeSpec) or self.sliding_window is None):
             raise ArgumentError(
-                f"rope.scaling.factors: expected head_dim / 2 = {self.head_dim // 2} factors, "
-                f"got {len(self.rope.scaling.factors)}"
+                "local_rope: expected None, or a RopeSpec beside a sliding_window, "
+                f"got {type(self.local_rope).__name__}"
             )
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ArgumentError(f"tie_word_embeddings: expected a bool, got {self.tie_word_embeddings!r}")
+        for rope in (self.rope, self.local_rope):
+            factors = rope.scaling.factors if rope and isinstance(rope.scaling, FactorScaling) else None
+            if factors is not None and len(factors) != self.num_rotary_pairs:
+                raise ArgumentError(
+                    f"rope.scaling.factors: expected {self.num_rotary_pairs} factors, one per rotary pair, "
+                    f"got {len(factors)}"
+                )
+        for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}: expected a bool, got {getattr(self, name)!r:.80}")
+        _check_choice(self, "qk_norm", QK_NORMS)
+        _check_choice(self, "norm_placement", tuple(NORM_NAMES))
+        _check_choice(self, "gate_activation", GATE_ACTIVATIONS)
+        check_float(self, "norm_weight_offset", "norm_weight_offset", low=0.0, high=1.0)
+        for name in ("embedding_multiplier", "residual_multiplier", "attention_scale", "logits_divisor"):
+            if name != "attention_scale" or self.attention_scale is not None:
+                check_float(self, name, name, low=1e-6, high=1e6)
+        if self.norm_weight_offset not in (0.0, 1.0):
+            raise ArgumentError(f"norm_weight_offset: expected 0 or 1, got {self.norm_weight_offset}")
+        if self.norm_weight_offset != 0.0 and self.logits_divisor != 1.0:
+            raise ArgumentError(f"logits_divisor: expected 1 beside a norm_weight_offset, got {self.logits_divisor}")
         if self.sliding_window is not None:
-            _check_int(self, "sliding_window", "sliding_window", low=1, high=MAX_POSITIONS)
+            check_int(self, "sliding_window", "sliding_window", low=1, high=MAX_POSITIONS)
+        elif self.full_attention_layers:
+            raise ArgumentError(
+                f"full_attention_layers: expected none without a sliding_window, got {self.full_attention_layers!r:.80}"
+            )
+        _check_layers(self, "full_attention_layers")
+        _check_layers(self, "nope_layers")
         for name in ("bos_token_id", "pad_token_id"):
             if getattr(self, name) is not None:
-                _check_int(self, name, name, low=0, high=self.vocab_size - 1)
+                check_int(self, name, name, low=0, high=self.vocab_size - 1)
         if not isinstance(self.eos_token_ids, tuple) or len(self.eos_token_ids) > MAX_EOS_TOKENS:
             raise ArgumentError(
                 f"eos_token_ids: expected a tuple of at most {MAX_EOS_TOKENS} ids, got {self.eos_token_ids!r:.80}"
@@ -175,107 +188,125 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold. `from_dict` gives back an equal spec."""
         result: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        result["eos_token_ids"] = list(self.eos_token_ids)
-        result["rope"] = {"theta": self.rope.theta, "scaling": _scaling_to_dict(self.rope.scaling)}
+        for name in _TUPLES:
+            result[name] = list(result[name])
+        result["rope"] = rope_to_dict(self.rope)
+        result["local_rope"] = None if self.local_rope is None else rope_to_dict(self.local_rope)
         return result
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
         """Inverse of `to_dict`. A missing or unknown key is an ArgumentError."""
-        arguments = _take(values, "spec", {field.name for field in fields(cls)})
-        rope = _take(_mapping(arguments["rope"], "rope"), "rope", {"theta", "scaling"})
-        arguments["rope"] = RopeSpec(theta=rope["theta"], scaling=_scaling_from_dict(rope["scaling"]))
-        if not isinstance(arguments["eos_token_ids"], list | tuple):
-            raise ArgumentError(f"eos_token_ids: expected a list, got {arguments['eos_token_ids']!r:.80}")
-        arguments["eos_token_ids"] = tuple(arguments["eos_token_ids"])
+        arguments = take(values, "spec", {field.name for field in fields(cls)})
+        arguments["rope"] = rope_from_dict(arguments["rope"], "rope")
+        if arguments["local_rope"] is not None:
+            arguments["local_rope"] = rope_from_dict(arguments["local_rope"], "local_rope")
+        for name in _TUPLES:
+            if not isinstance(arguments[name], list | tuple):
+                raise ArgumentError(f"{name}: expected a list, got {arguments[name]!r:.80}")
+            arguments[name] = tuple(arguments[name])
         return cls(**arguments)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every weight under its Hugging Face name; matrices are [out, in].
+        """Name -> shape of every weight, named as in the models of Hugging Face that keep each apart.
 
-        `lm_head.weight` is present only when the embedding is not tied. The order is the order of execution.
+        Matrices are [out, in]. `lm_head.weight` is present only when the embedding is not tied. The order is that of
+        execution.
         """
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        layer_shapes = self._layer_shapes()
         for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}."
-            shapes |= {
-                prefix + "input_layernorm.weight": (self.hidden_size,),
-                prefix + "self_attn.q_proj.weight": (q_size, self.hidden_size),
-                prefix + "self_attn.k_proj.weight": (kv_size, self.hidden_size),
-                prefix + "self_attn.v_proj.weight": (kv_size, self.hidden_size),
-                prefix + "self_attn.o_proj.weight": (self.hidden_size, q_size),
-                prefix + "post_attention_layernorm.weight": (self.hidden_size,),
-                prefix + "mlp.gate_proj.weight": (self.intermediate_size, self.hidden_size),
-                prefix + "mlp.up_proj.weight": (self.intermediate_size, self.hidden_size),
-                prefix + "mlp.down_proj.weight": (self.hidden_size, self.intermediate_size),
-            }
+            shapes |= {f"model.layers.{layer}.{part}": shape for part, shape in layer_shapes.items()}
         shapes["model.norm.weight"] = (self.hidden_size,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def add_norm(role: str) -> None:
+            if role in NORM_NAMES[self.norm_placement]:
+                shapes[NORM_NAMES[self.norm_placement][role] + ".weight"] = (self.hidden_size,)
+
+        def add_linear(name: str, num_outputs: int, num_inputs: int, has_bias: bool) -> None:
+            shapes[name + ".weight"] = (num_outputs, num_inputs)
+            if has_bias:
+                shapes[name + ".bias"] = (num_outputs,)
+
+        add_norm("attention_norm")
+        add_linear("self_attn.q_proj", q_size, self.hidden_size, self.qkv_bias)
+        add_linear("self_attn.k_proj", kv_size, self.hidden_size, self.qkv_bias)
+        add_linear("self_attn.v_proj", kv_size, self.hidden_size, self.qkv_bias)
+        if self.qk_norm is not None:
+            shapes["self_attn.q_norm.weight"] = (self.head_dim if self.qk_norm == "head" else q_size,)
+            shapes["self_attn.k_norm.weight"] = (self.head_dim if self.qk_norm == "head" else kv_size,)
+        add_linear("self_attn.o_proj", self.hidden_size, q_size, self.o_bias)
+        add_norm("attention_post_norm")
+        add_norm("mlp_norm")
+        add_linear("mlp.gate_proj", self.intermediate_size, self.hidden_size, self.mlp_bias)
+        add_linear("mlp.up_proj", self.intermediate_size, self.hidden_size, self.mlp_bias)
+        add_linear("mlp.down_proj", self.hidden_size, self.intermediate_size, self.mlp_bias)
+        add_norm("mlp_post_norm")
         return shapes
 
     def num_parameters(self) -> int:
         """Number of trainable values; a tied embedding counts once."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
+    @property
+    def num_rotary_pairs(self) -> int:
+        """Pairs of a head that turn, P."""
+        return (self.rotary_dim or self.head_dim) // 2
+
+    @property
+    def softmax_scale(self) -> float:
+        """Of q @ k, whichever way it is said."""
+        return 1.0 / math.sqrt(self.head_dim) if self.attention_scale is None else self.attention_scale
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether q and k of the layer turn with the position."""
+        return layer not in self.nope_layers
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of the layer, or None."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
+    def rope_table_of(self, layer: int) -> int:
+        """Which of `rope_tables` the layer turns by."""
+        return int(self.local_rope is not None and self.window_of(layer) is not None)
+
+    def rope_tables(self) -> list[npt.NDArray[np.float64]]:
+        """Angle per position of each rotary pair, for each table: float64 [P], radians."""
+        ropes = (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+        return [self._inv_freq(rope) for rope in ropes]
+
+    def base_inv_freq(self) -> npt.NDArray[np.float64]:
+        """Angle per position of each rotary pair, before scaling: float64 [P], radians."""
+        return self._inv_freq(RopeSpec(theta=self.rope.theta))
+
     def inv_freq(self) -> npt.NDArray[np.float64]:
-        """Angle per position of each rotary pair, after scaling: float64 [D/2], radians."""
-        exponent = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
-        inv_freq = np.power(self.rope.theta, -exponent)
-        return inv_freq if self.rope.scaling is None else self.rope.scaling.scale(inv_freq)
+        """Angle per position of each rotary pair, after scaling: float64 [P], radians."""
+        return self._inv_freq(self.rope)
+
+    def _inv_freq(self, rope: RopeSpec) -> npt.NDArray[np.float64]:
+        inv_freq = np.power(rope.theta, -np.arange(self.num_rotary_pairs, dtype=np.float64) / self.num_rotary_pairs)
+        return inv_freq if rope.scaling is None else rope.scaling.scale(inv_freq)
 
 
-def _scaling_to_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if isinstance(scaling, FactorScaling):
-        return {"type": "factors", "factors": list(scaling.factors)}
-    name = next(name for name, kind in _SCALINGS.items() if type(scaling) is kind)
-    return {"type": name} | {field.name: getattr(scaling, field.name) for field in fields(scaling)}
+_TUPLES = ("eos_token_ids", "full_attention_layers", "nope_layers")
 
 
-def _scaling_from_dict(values: Any) -> RopeScaling | None:
-    if values is None:
-        return None
-    values = dict(_mapping(values, "rope.scaling"))
-    name = values.pop("type", None)
-    if not isinstance(name, str) or name not in _SCALINGS:
-        raise ArgumentError(f"rope.scaling.type: expected one of {sorted(_SCALINGS)}, got {name!r}")
-    kind = _SCALINGS[name]
-    arguments = _take(values, "rope.scaling", {field.name for field in fields(kind)})
-    if isinstance(arguments.get("factors"), list):
-        arguments["factors"] = tuple(arguments["factors"])
-    return kind(**arguments)
+def _check_choice(owner: object, name: str, choices: tuple[str | None, ...]) -> None:
+    value = getattr(owner, name)
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ArgumentError(f"{name}: expected one of {list(choices)}, got {value!r:.80}")
 
 
-def _mapping(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ArgumentError(f"{name}: expected a mapping, got {type(value).__name__}")
-    return value
-
-
-def _take(values: Mapping[str, Any], name: str, expected: set[str]) -> dict[str, Any]:
-    """A copy of `values`, which must have exactly the expected keys."""
-    values = _mapping(values, name)
-    if missing := sorted(expected - values.keys()):
-        raise ArgumentError(f"{name}: expected the key {missing[0]!r}, got none")
-    if unknown := sorted(str(key) for key in values.keys() - expected):
-        raise ArgumentError(f"{name}: expected only the keys {sorted(expected)}, got {unknown[0]!r:.80}")
-    return dict(values)
-
-
-def _check_int(owner: object, name: str, attribute: str, *, low: int, high: int) -> None:
-    value = getattr(owner, attribute)
-    # bool is an int in Python, never in a model description.
-    if type(value) is not int or not low <= value <= high:
-        raise ArgumentError(f"{name}: expected an int in [{low}, {high}], got {value!r:.80}")
-
-
-def _check_float(owner: object, name: str, attribute: str, *, low: float, high: float) -> None:
-    value = getattr(owner, attribute)
-    if type(value) is int and abs(value) < 1 << 53:
-        value = float(value)
-        object.__setattr__(owner, attribute, value)
-    if type(value) is not float or not low <= value <= high:
-        raise ArgumentError(f"{name}: expected a float in [{low:g}, {high:g}], got {value!r:.80}")
+def _check_layers(spec: ModelSpec, name: str) -> None:
+    layers = getattr(spec, name)
+    if not isinstance(layers, tuple) or any(type(layer) is not int for layer in layers):
+        raise ArgumentError(f"{name}: expected a tuple of layers, got {layers!r:.80}")
+    if list(layers) != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < spec.num_layers):
+        raise ArgumentError(f"{name}: expected ascending layers in [0, {spec.num_layers - 1}], got {layers!r:.80}")

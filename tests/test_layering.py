@@ -11,7 +11,8 @@ CORE = {"_C", "spec", "jsonfile", "ledger", "families", "tokenizer", "formats"}
 TORCH = CORE | {"reference", "ops", "nn", "optim", "models", "train"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "spec": set(),
+    "rope_spec": set(),
+    "spec": {"rope_spec"},
     "jsonfile": set(),
     "ledger": set(),
     "formats": {"_C"},
@@ -35,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 NO_TORCH = {
     "errors",
+    "rope_spec",
     "spec",
     "jsonfile",
     "ledger",

@@ -70,6 +70,30 @@ def test_is_frozen_and_hashable() -> None:
         ("rope", None),
         ("tie_word_embeddings", 1),
         ("sliding_window", 0),
+        ("full_attention_layers", (0,)),  # without a window
+        ("nope_layers", [0]),
+        ("nope_layers", (1, 0)),
+        ("nope_layers", (0, 3)),
+        ("nope_layers", (-1,)),
+        ("nope_layers", (True,)),
+        ("qkv_bias", 1),
+        ("o_bias", None),
+        ("mlp_bias", "yes"),
+        ("qk_norm", "row"),
+        ("qk_norm", ["head"]),
+        ("norm_placement", None),
+        ("norm_placement", "after"),
+        ("local_rope", RopeSpec(theta=1e4)),  # without a window
+        ("norm_weight_offset", 0.5),
+        ("gate_activation", "gelu"),
+        ("rotary_dim", 0),
+        ("rotary_dim", 7),
+        ("rotary_dim", 18),
+        ("embedding_multiplier", 0.0),
+        ("residual_multiplier", float("nan")),
+        ("attention_scale", "0.5"),
+        ("attention_scale", -1.0),
+        ("logits_divisor", 0.0),
         ("bos_token_id", 512),
         ("bos_token_id", -1),
         ("pad_token_id", 512),
@@ -134,6 +158,23 @@ def test_dict_round_trip_is_exact(
         eos_token_ids=eos,
     )
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_dict_round_trip_of_what_few_families_have() -> None:
+    spec = make_spec(
+        sliding_window=7, full_attention_layers=(1,), nope_layers=(0, 2), qkv_bias=True, o_bias=True, mlp_bias=True,
+        qk_norm="head", norm_placement="both", gate_activation="gelu_tanh", rotary_dim=6,
+        local_rope=RopeSpec(theta=5e3, scaling=LinearScaling(factor=2.0)), embedding_multiplier=12.0,
+        residual_multiplier=0.22, attention_scale=0.1, logits_divisor=8.0,
+    )  # fmt: skip
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert [spec.window_of(layer) for layer in range(3)] == [7, None, 7]
+    assert [spec.has_rope(layer) for layer in range(3)] == [False, True, False]
+    assert [spec.rope_table_of(layer) for layer in range(3)] == [1, 0, 1]
+    assert [len(table) for table in spec.rope_tables()] == [3, 3]
+    assert replace(spec, logits_divisor=1.0, norm_weight_offset=1).norm_weight_offset == 1.0
+    with pytest.raises(ArgumentError, match=r"^logits_divisor: expected 1 beside a norm_weight_offset"):
+        replace(spec, norm_weight_offset=1.0)
 
 
 def test_from_dict_rejects_missing_and_unknown_keys() -> None:

@@ -32,25 +32,86 @@ const Tensor& ids(const Tensor& t, const char* name) {
 
 std::span<const int32_t> span_of(const Tensor& t) { return {t.ptr<const int32_t>(), static_cast<size_t>(t.shape[0])}; }
 
+QkNorm parse_qk_norm(const std::optional<std::string>& kind) {
+  if (!kind) return QkNorm::none;
+  if (*kind == "head") return QkNorm::head;
+  if (*kind == "full") return QkNorm::full;
+  throw ArgumentError("qk_norm: expected None, 'head' or 'full', got '" + *kind + "'");
+}
+
+struct NormPlacement {
+  bool pre, post;
+};
+
+NormPlacement parse_norm_placement(const std::string& placement) {
+  if (placement == "pre") return {true, false};
+  if (placement == "post") return {false, true};
+  if (placement == "both") return {true, true};
+  throw ArgumentError("norm_placement: expected 'pre', 'post' or 'both', got '" + placement + "'");
+}
+
+GateActivation parse_gate_activation(const std::string& name) {
+  if (name == "silu") return GateActivation::silu;
+  if (name == "gelu_tanh") return GateActivation::gelu_tanh;
+  throw ArgumentError("gate_activation: expected 'silu' or 'gelu_tanh', got '" + name + "'");
+}
+
 std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64_t intermediate_size,
                                   int64_t num_layers, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-                                  int64_t sliding_window, float norm_eps, bool tie_word_embeddings,
-                                  const std::string& act_dtype, bool int8_activations, int64_t capacity_bytes) {
+                                  int64_t rotary_dim, const std::vector<int64_t>& sliding_windows,
+                                  const std::vector<int>& rope_tables, float norm_eps, float norm_weight_offset,
+                                  float embedding_multiplier, float residual_multiplier, float attention_scale,
+                                  bool tie_word_embeddings, bool qkv_bias, bool o_bias, bool mlp_bias,
+                                  const std::optional<std::string>& qk_norm, const std::string& norm_placement,
+                                  const std::string& gate_activation, const std::string& act_dtype,
+                                  bool int8_activations, int64_t capacity_bytes) {
   if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0)
     throw ArgumentError("num_heads: expected a multiple of num_kv_heads, got " + std::to_string(num_heads) + " and " +
                         std::to_string(num_kv_heads));
   if (head_dim < 2 || head_dim > 256 || head_dim % 2 != 0)
     throw ArgumentError("head_dim: expected an even number from 2 to 256, got " + std::to_string(head_dim));
+  if (rotary_dim < 2 || rotary_dim > head_dim || rotary_dim % 2 != 0)
+    throw ArgumentError("rotary_dim: expected an even number from 2 to " + std::to_string(head_dim) + ", got " +
+                        std::to_string(rotary_dim));
+  const auto num_entries = static_cast<size_t>(positive("num_layers", num_layers));
+  const auto one_per_layer = [&](const char* name, size_t got) {
+    if (got != num_entries)
+      throw ArgumentError(std::string(name) + ": expected " + std::to_string(num_entries) +
+                          " entries, one per layer, got " + std::to_string(got));
+  };
+  one_per_layer("sliding_windows", sliding_windows.size());
+  one_per_layer("rope_tables", rope_tables.size());
+  std::vector<LayerConfig> layers;
+  for (size_t i = 0; i < num_entries; ++i) {
+    if (sliding_windows[i] < 0)
+      throw ArgumentError("sliding_windows: expected 0 or more, got " + std::to_string(sliding_windows[i]));
+    if (rope_tables[i] < -1 || rope_tables[i] >= kNumRopeTables)
+      throw ArgumentError("rope_tables: expected -1, 0 or 1, got " + std::to_string(rope_tables[i]));
+    layers.push_back({sliding_windows[i], rope_tables[i]});
+  }
+  const NormPlacement placement = parse_norm_placement(norm_placement);
   const ModelConfig config{.vocab_size = positive("vocab_size", vocab_size),
                            .hidden_size = positive("hidden_size", hidden_size),
                            .intermediate_size = positive("intermediate_size", intermediate_size),
-                           .num_layers = positive("num_layers", num_layers),
+                           .num_layers = num_layers,
                            .num_heads = num_heads,
                            .num_kv_heads = num_kv_heads,
                            .head_dim = head_dim,
-                           .sliding_window = sliding_window,
+                           .rotary_dim = rotary_dim,
+                           .layers = std::move(layers),
                            .norm_eps = norm_eps,
+                           .norm_weight_offset = norm_weight_offset,
+                           .embedding_multiplier = embedding_multiplier,
+                           .residual_multiplier = residual_multiplier,
+                           .attention_scale = attention_scale,
                            .tie_word_embeddings = tie_word_embeddings,
+                           .qkv_bias = qkv_bias,
+                           .o_bias = o_bias,
+                           .mlp_bias = mlp_bias,
+                           .has_pre_norm = placement.pre,
+                           .has_post_norm = placement.post,
+                           .qk_norm = parse_qk_norm(qk_norm),
+                           .gate_activation = parse_gate_activation(gate_activation),
                            .act_dtype = parse_float("act_dtype", act_dtype),
                            .int8_activations = int8_activations};
   return std::make_shared<Model>(config, static_cast<size_t>(positive("capacity_bytes", capacity_bytes)));
@@ -59,7 +120,7 @@ std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64
 void set_vector(Model& model, const std::string& slot, const Tensor& values) {
   const int64_t width = model.config().act_dtype == DType::f32 ? 4 : 2;
   kCheck.dtype(values, "values", {DType::u8});
-  kCheck.contiguous(kCheck.shape(values, "values", {model.config().hidden_size * width}), "values");
+  kCheck.contiguous(kCheck.shape(values, "values", {model.vector_size(slot) * width}), "values");
   model.set_vector(slot, values.data);
 }
 
@@ -92,12 +153,13 @@ void add_matrix(Model& model, const std::string& slot, const std::string& format
   model.add_matrix(slot, format, rows, num_cols);
 }
 
-void set_rope(Model& model, const Tensor& cos, const Tensor& sin) {
+void set_rope(Model& model, const Tensor& cos, const Tensor& sin, int table) {
+  if (table < 0 || table >= kNumRopeTables) throw ArgumentError("table: expected 0 or 1, got " + std::to_string(table));
   kCheck.dtype(cos, "cos", {DType::f32});
-  kCheck.contiguous(kCheck.shape(cos, "cos", {-1, model.config().head_dim / 2}), "cos");
+  kCheck.contiguous(kCheck.shape(cos, "cos", {-1, model.config().rotary_dim / 2}), "cos");
   kCheck.dtype(sin, "sin", {DType::f32});
-  kCheck.contiguous(kCheck.shape(sin, "sin", {cos.shape[0], model.config().head_dim / 2}), "sin");
-  model.set_rope(cos.ptr<float>(), sin.ptr<float>(), cos.shape[0]);
+  kCheck.contiguous(kCheck.shape(sin, "sin", {cos.shape[0], model.config().rotary_dim / 2}), "sin");
+  model.set_rope(table, cos.ptr<float>(), sin.ptr<float>(), cos.shape[0]);
 }
 
 std::shared_ptr<Decoder> make_decoder(const std::shared_ptr<Model>& model, int64_t page_size, int64_t num_pages,
@@ -165,12 +227,15 @@ void bind_engine(py::module_& m) {
   py::class_<Model, std::shared_ptr<Model>>(m, "DecoderModel")
       .def(py::init(&make_model), py::kw_only(), py::arg("vocab_size"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("num_layers"), py::arg("num_heads"), py::arg("num_kv_heads"),
-           py::arg("head_dim"), py::arg("sliding_window"), py::arg("norm_eps"), py::arg("tie_word_embeddings"),
-           py::arg("act_dtype"), py::arg("int8_activations"), py::arg("capacity_bytes"))
+           py::arg("head_dim"), py::arg("rotary_dim"), py::arg("sliding_windows"), py::arg("rope_tables"),
+           py::arg("norm_eps"), py::arg("norm_weight_offset"), py::arg("embedding_multiplier"),
+           py::arg("residual_multiplier"), py::arg("attention_scale"), py::arg("tie_word_embeddings"),
+           py::arg("qkv_bias"), py::arg("o_bias"), py::arg("mlp_bias"), py::arg("qk_norm"), py::arg("norm_placement"),
+           py::arg("gate_activation"), py::arg("act_dtype"), py::arg("int8_activations"), py::arg("capacity_bytes"))
       .def("set_vector", set_vector, py::arg("slot"), py::arg("values"))
       .def("add_matrix", add_matrix, py::arg("slot"), py::arg("format"), py::arg("parts"), py::arg("row_orders"),
            py::arg("num_cols"))
-      .def("set_rope", set_rope, py::arg("cos"), py::arg("sin"))
+      .def("set_rope", set_rope, py::arg("cos"), py::arg("sin"), py::kw_only(), py::arg("table") = 0)
       .def("check", &Model::check)
       .def_property_readonly("num_bytes", &Model::num_bytes)
       .def_property_readonly("bytes_per_token", &Model::bytes_per_token);

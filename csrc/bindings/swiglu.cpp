@@ -10,7 +10,14 @@ namespace {
 
 constexpr Check kCheck{"swiglu"};
 
-void fwd(const Tensor& gate, const Tensor& up, const Tensor& y) {
+GateActivation parse_activation(const std::string& name) {
+  if (name == "silu") return GateActivation::silu;
+  if (name != "gelu_tanh") kCheck.fail("activation", "'silu' or 'gelu_tanh'", "'" + name + "'");
+  return GateActivation::gelu_tanh;
+}
+
+void fwd(const Tensor& gate, const Tensor& up, const Tensor& y, const std::string& activation_name) {
+  const GateActivation activation = parse_activation(activation_name);
   kCheck.dtype(gate, "gate", {DType::f32, DType::bf16});
   kCheck.unit_stride(kCheck.shape(gate, "gate", {-1, -1}), "gate");
   const int64_t num_rows = gate.shape[0], num_cols = gate.shape[1];
@@ -25,10 +32,13 @@ void fwd(const Tensor& gate, const Tensor& up, const Tensor& y) {
                   .gate_row_stride = gate.strides[0],
                   .up_row_stride = up.strides[0],
                   .y_row_stride = y.strides[0],
+                  .activation = activation,
                   .dtype = gate.dtype});
 }
 
-void bwd(const Tensor& grad_y, const Tensor& gate, const Tensor& up, const Tensor& grad_gate, const Tensor& grad_up) {
+void bwd(const Tensor& grad_y, const Tensor& gate, const Tensor& up, const Tensor& grad_gate, const Tensor& grad_up,
+         const std::string& activation_name) {
+  const GateActivation activation = parse_activation(activation_name);
   kCheck.dtype(gate, "gate", {DType::f32, DType::bf16});
   kCheck.unit_stride(kCheck.shape(gate, "gate", {-1, -1}), "gate");
   const int64_t num_rows = gate.shape[0], num_cols = gate.shape[1];
@@ -49,15 +59,16 @@ void bwd(const Tensor& grad_y, const Tensor& gate, const Tensor& up, const Tenso
                   .up_row_stride = up.strides[0],
                   .grad_gate_row_stride = grad_gate.strides[0],
                   .grad_up_row_stride = grad_up.strides[0],
+                  .activation = activation,
                   .dtype = gate.dtype});
 }
 
 }  // namespace
 
 void bind_swiglu(py::module_& m) {
-  m.def("swiglu_fwd_cpu", fwd, py::arg("gate"), py::arg("up"), py::arg("y"));
+  m.def("swiglu_fwd_cpu", fwd, py::arg("gate"), py::arg("up"), py::arg("y"), py::arg("activation") = "silu");
   m.def("swiglu_bwd_cpu", bwd, py::arg("grad_y"), py::arg("gate"), py::arg("up"), py::arg("grad_gate"),
-        py::arg("grad_up"));
+        py::arg("grad_up"), py::arg("activation") = "silu");
 }
 
 }  // namespace pe

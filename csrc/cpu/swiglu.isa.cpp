@@ -6,7 +6,36 @@
 namespace pe::PE_ISA {
 namespace {
 
-template <class T>
+// z of the contract, its derivative, and 1 - s.
+template <GateActivation A>
+struct Logit;
+
+template <>
+struct Logit<GateActivation::silu> {
+  static VecF value(VecF g) { return g; }
+  static VecF times_derivative(VecF g) { return g; }  // g * dz/dg
+  static VecF complement(VecF, VecF s) { return sub(set1(1.0f), s); }
+};
+
+template <>
+struct Logit<GateActivation::gelu_tanh> {
+  static constexpr float kLinear = 1.5957691216057308f;  // sqrt(8 / pi)
+  static constexpr float kCubic = 0.07135481282991068f;  // 0.044715 * sqrt(8 / pi)
+  // Far past where the sigmoid is 0 or 1, and far below where a cube overflows. A NaN, as second operand, passes.
+  static VecF clamped(VecF g) { return max(set1(-64.0f), min(set1(64.0f), g)); }
+  static VecF value(VecF g) {
+    const VecF c = clamped(g);
+    return mul(c, fma(mul(c, c), set1(kCubic), set1(kLinear)));
+  }
+  static VecF times_derivative(VecF g) {
+    const VecF c = clamped(g);
+    return mul(c, fma(mul(c, c), set1(3.0f * kCubic), set1(kLinear)));
+  }
+  // dz/dg grows, so 1 - s needs all its bits where s is nearly 1.
+  static VecF complement(VecF z, VecF) { return sigmoid(neg(z)); }
+};
+
+template <class T, GateActivation A>
 void fwd_rows(const SwigluFwd& a, int64_t row_begin, int64_t row_end) {
   const VecF one = set1(1.0f);
   for (int64_t r = row_begin; r < row_end; ++r) {
@@ -15,12 +44,12 @@ void fwd_rows(const SwigluFwd& a, int64_t row_begin, int64_t row_end) {
     T* y = static_cast<T*>(a.y) + r * a.y_row_stride;
     for_each_vec(a.num_cols, [&](auto in, auto out) {
       const VecF g = in(gate);
-      out(y, mul(div(g, add(one, exp(neg(g)))), in(up)));
+      out(y, mul(div(g, add(one, exp(neg(Logit<A>::value(g))))), in(up)));
     });
   }
 }
 
-template <class T>
+template <class T, GateActivation A>
 void bwd_rows(const SwigluBwd& a, int64_t row_begin, int64_t row_end) {
   const VecF one = set1(1.0f);
   for (int64_t r = row_begin; r < row_end; ++r) {
@@ -31,18 +60,29 @@ void bwd_rows(const SwigluBwd& a, int64_t row_begin, int64_t row_end) {
     T* grad_up = static_cast<T*>(a.grad_up) + r * a.grad_up_row_stride;
     for_each_vec(a.num_cols, [&](auto in, auto out) {
       const VecF gy = in(grad_y), g = in(gate), u = in(up);
-      const VecF s = sigmoid(g);
+      const VecF z = Logit<A>::value(g), s = sigmoid(z);
       out(grad_up, mul(gy, mul(g, s)));
-      out(grad_gate, mul(mul(gy, u), mul(s, fma(g, sub(one, s), one))));
+      out(grad_gate, mul(mul(gy, u), mul(s, fma(Logit<A>::times_derivative(g), Logit<A>::complement(z, s), one))));
     });
   }
 }
 
+template <GateActivation A>
+void fwd_of(const SwigluFwd& a, int64_t row_begin, int64_t row_end) {
+  a.dtype == DType::f32 ? fwd_rows<float, A>(a, row_begin, row_end) : fwd_rows<bf16, A>(a, row_begin, row_end);
+}
+template <GateActivation A>
+void bwd_of(const SwigluBwd& a, int64_t row_begin, int64_t row_end) {
+  a.dtype == DType::f32 ? bwd_rows<float, A>(a, row_begin, row_end) : bwd_rows<bf16, A>(a, row_begin, row_end);
+}
+
 void fwd(const SwigluFwd& a, int64_t row_begin, int64_t row_end) {
-  a.dtype == DType::f32 ? fwd_rows<float>(a, row_begin, row_end) : fwd_rows<bf16>(a, row_begin, row_end);
+  a.activation == GateActivation::silu ? fwd_of<GateActivation::silu>(a, row_begin, row_end)
+                                       : fwd_of<GateActivation::gelu_tanh>(a, row_begin, row_end);
 }
 void bwd(const SwigluBwd& a, int64_t row_begin, int64_t row_end) {
-  a.dtype == DType::f32 ? bwd_rows<float>(a, row_begin, row_end) : bwd_rows<bf16>(a, row_begin, row_end);
+  a.activation == GateActivation::silu ? bwd_of<GateActivation::silu>(a, row_begin, row_end)
+                                       : bwd_of<GateActivation::gelu_tanh>(a, row_begin, row_end);
 }
 
 }  // namespace

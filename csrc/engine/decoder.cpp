@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <string>
 #include <unordered_map>
 
+#include "engine/row_ops.h"
 #include "pe/attention_decode.h"
 #include "pe/linear_cross_entropy.h"
 #include "pe/rms_norm.h"
@@ -39,22 +39,21 @@ uint8_t* at(void* base, int64_t elements, DType dtype) {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-void store(void* out, int64_t i, float value, DType dtype) {
-  if (dtype == DType::f32)
-    static_cast<float*>(out)[i] = value;
-  else
-    static_cast<bf16*>(out)[i] = to_bf16(value);
-}
-
-// out [num_cols] = row `token` of the embedding.
-void embed_row(const Linear& parts, int64_t token, void* out, DType dtype, float* scratch) {
+// out [num_cols] = row `token` of the embedding, times `multiplier`.
+void embed_row(const Linear& parts, int64_t token, float multiplier, void* out, DType dtype, float* scratch) {
+  const auto put = [&](int64_t k, float value) {
+    if (dtype == DType::f32)
+      store(static_cast<float*>(out) + k, value * multiplier);
+    else
+      store(static_cast<bf16*>(out) + k, value * multiplier);
+  };
   const Matrix* part = &parts.front();
   for (const Matrix& candidate : parts)
     if (token >= candidate.offset) part = &candidate;
   const int64_t row = token - part->offset;
   if (is_block_format(part->format)) {
     block_weights_unpack_row(block_weights(*part), row, scratch);
-    for (int64_t k = 0; k < part->num_cols; ++k) store(out, k, scratch[k], dtype);
+    for (int64_t k = 0; k < part->num_cols; ++k) put(k, scratch[k]);
     return;
   }
   const int64_t base = row / kMatmulPanel * part->num_cols * kMatmulPanel + row % kMatmulPanel;
@@ -62,7 +61,7 @@ void embed_row(const Linear& parts, int64_t token, void* out, DType dtype, float
     const int64_t i = base + k * kMatmulPanel;
     const float value = part->format == WeightFormat::f32 ? reinterpret_cast<const float*>(part->packed)[i]
                                                           : to_float(reinterpret_cast<const bf16*>(part->packed)[i]);
-    store(out, k, value, dtype);
+    put(k, value);
   }
 }
 
@@ -214,8 +213,8 @@ void Decoder::run(const Step& step, Phases::Worker& worker) {
   float* unpacked = reinterpret_cast<float*>(workspace_);
   worker.run(static_cast<int64_t>(step.token_ids.size()), kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
-      embed_row(model_->embed(), step.token_ids[static_cast<size_t>(t)], at(h_, t * c.hidden_size, c.act_dtype),
-                c.act_dtype, unpacked + t * c.hidden_size);
+      embed_row(model_->embed(), step.token_ids[static_cast<size_t>(t)], c.embedding_multiplier,
+                at(h_, t * c.hidden_size, c.act_dtype), c.act_dtype, unpacked + t * c.hidden_size);
   });
   mark(worker, PhaseKind::embed);
   layers(step, worker);
@@ -307,17 +306,76 @@ void Decoder::linear(Phases::Worker& worker, const Linear& parts, const void* x,
   }
 }
 
+void Decoder::settle(const void* bias, const void* post_norm, int64_t begin, int64_t end) const {
+  const ModelConfig& c = model_->config();
+  if (bias) add_rows(delta_, c.hidden_size, bias, 0, c.hidden_size, begin, end, c.act_dtype);
+  if (post_norm)
+    rms_norm_isa().fwd({.x = delta_,
+                        .residual = nullptr,
+                        .weight = post_norm,
+                        .h = nullptr,
+                        .y = delta_,
+                        .rstd = nullptr,
+                        .num_rows = end,
+                        .num_cols = c.hidden_size,
+                        .x_row_stride = c.hidden_size,
+                        .residual_row_stride = 0,
+                        .h_row_stride = 0,
+                        .y_row_stride = c.hidden_size,
+                        .eps = c.norm_eps,
+                        .weight_offset = c.norm_weight_offset,
+                        .dtype = c.act_dtype},
+                       begin, end);
+  if (c.residual_multiplier != 1.0f)
+    scale_rows(delta_, c.hidden_size, c.residual_multiplier, c.hidden_size, begin, end, c.act_dtype);
+}
+
+void Decoder::finish_qk(const LayerWeights& layer, int64_t begin, int64_t end) const {
+  const ModelConfig& c = model_->config();
+  const int64_t qkv = c.qkv_size();
+  if (layer.qkv_bias) add_rows(qkv_, qkv, layer.qkv_bias, 0, qkv, begin, end, c.act_dtype);
+  if (c.qk_norm == QkNorm::none) return;
+  const auto norm = [&](int64_t offset, int64_t width, const void* weight) {
+    const int64_t num_cols = c.qk_norm == QkNorm::head ? c.head_dim : width;
+    for (int64_t t = begin; t < end; ++t) {
+      void* row = at(qkv_, t * qkv + offset, c.act_dtype);
+      rms_norm_isa().fwd({.x = row,
+                          .residual = nullptr,
+                          .weight = weight,
+                          .h = nullptr,
+                          .y = row,
+                          .rstd = nullptr,
+                          .num_rows = width / num_cols,
+                          .num_cols = num_cols,
+                          .x_row_stride = num_cols,
+                          .residual_row_stride = 0,
+                          .h_row_stride = 0,
+                          .y_row_stride = num_cols,
+                          .eps = c.norm_eps,
+                          .weight_offset = c.norm_weight_offset,
+                          .dtype = c.act_dtype},
+                         0, width / num_cols);
+    }
+  };
+  norm(0, c.q_size(), layer.q_norm);
+  norm(c.q_size(), c.kv_size(), layer.k_norm);
+}
+
 void Decoder::layers(const Step& step, Phases::Worker& worker) {
   const ModelConfig& c = model_->config();
   const auto num_tokens = static_cast<int64_t>(step.token_ids.size());
   const DType act = c.act_dtype;
   const int64_t qkv = c.qkv_size();
 
-  const auto norm = [&](const void* weight, bool add_delta, const Linear& next) {
-    const RmsNormFwd args{.x = add_delta ? delta_ : h_,
-                          .residual = add_delta ? h_ : nullptr,
+  // Adds what the block before left in delta to the residual stream; returns the input of the next block.
+  struct Leaving {
+    const void *bias, *post_norm;
+  };
+  const auto enter = [&](const Leaving* before, const void* weight, const Linear& next) -> const void* {
+    const RmsNormFwd args{.x = before ? delta_ : h_,
+                          .residual = before ? h_ : nullptr,
                           .weight = weight,
-                          .h = add_delta ? h_ : nullptr,
+                          .h = before ? h_ : nullptr,
                           .y = y_,
                           .rstd = nullptr,
                           .num_rows = num_tokens,
@@ -327,30 +385,38 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                           .h_row_stride = c.hidden_size,
                           .y_row_stride = c.hidden_size,
                           .eps = c.norm_eps,
-                          .weight_offset = 0.0f,
+                          .weight_offset = c.norm_weight_offset,
                           .dtype = act};
+    const void* input = weight ? y_ : h_;
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
-      rms_norm_isa().fwd(args, begin, end);
-      prepare(next, y_, c.hidden_size, begin, end, num_tokens);
+      if (before) settle(before->bias, before->post_norm, begin, end);
+      if (weight)
+        rms_norm_isa().fwd(args, begin, end);
+      else if (before)
+        add_rows(h_, c.hidden_size, delta_, c.hidden_size, c.hidden_size, begin, end, act);
+      prepare(next, input, c.hidden_size, begin, end, num_tokens);
     });
     mark(worker, PhaseKind::norm);
+    return input;
   };
 
+  Leaving before{};
   for (int64_t i = 0; i < c.num_layers; ++i) {
     const LayerWeights& layer = model_->layer(i);
-    norm(layer.input_norm, i > 0, layer.qkv);
-    linear(worker, layer.qkv, y_, c.hidden_size, qkv_, qkv, num_tokens, act);
+    const LayerConfig& layer_config = c.layers[static_cast<size_t>(i)];
+    const void* x = enter(i > 0 ? &before : nullptr, layer.attention_norm, layer.qkv);
+    linear(worker, layer.qkv, x, c.hidden_size, qkv_, qkv, num_tokens, act);
     mark(worker, PhaseKind::qkv);
 
     // Query and key heads lie side by side in a row of qkv, so one rotation takes both.
     const Rope rope{.x = qkv_,
-                    .cos = model_->rope_cos(),
-                    .sin = model_->rope_sin(),
+                    .cos = model_->rope_cos(std::max(layer_config.rope_table, 0)),
+                    .sin = model_->rope_sin(std::max(layer_config.rope_table, 0)),
                     .positions = positions_.data(),
                     .y = qkv_,
                     .num_tokens = num_tokens,
                     .num_heads = c.num_heads + c.num_kv_heads,
-                    .head_dim = c.head_dim,
+                    .head_dim = c.rotary_dim,
                     .num_positions = model_->num_positions(),
                     .x_token_stride = qkv,
                     .x_head_stride = c.head_dim,
@@ -379,7 +445,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                           .dtype = act,
                           .cache_dtype = cache_.dtype()};
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
-      rope_isa().rotate(rope, begin, end);
+      finish_qk(layer, begin, end);
+      if (layer_config.rope_table >= 0) rope_isa().rotate(rope, begin, end);
       attention_decode_isa().append(append, begin, end);
     });
     mark(worker, PhaseKind::rope);
@@ -403,9 +470,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                                     .k_page_stride = cache_.page_elements(),
                                     .v_page_stride = cache_.page_elements(),
                                     .block_table_stride = block_table_stride_,
-                                    .sliding_window = c.sliding_window,
-                                    // In double, then rounded once, as the training side passes it.
-                                    .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(c.head_dim))),
+                                    .sliding_window = layer_config.sliding_window,
+                                    .scale = c.attention_scale,
                                     .dtype = act,
                                     .cache_dtype = cache_.dtype()};
     uint8_t* scratch = scratch_base_ + scratch_bytes_ * static_cast<size_t>(worker.index());
@@ -420,8 +486,9 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
     linear(worker, layer.o, attended_, c.q_size(), delta_, c.hidden_size, num_tokens, act);
     mark(worker, PhaseKind::o);
 
-    norm(layer.post_norm, true, layer.gate_up);
-    linear(worker, layer.gate_up, y_, c.hidden_size, gate_up_, 2 * c.intermediate_size, num_tokens, act);
+    before = {layer.o_bias, layer.attention_post_norm};
+    x = enter(&before, layer.mlp_norm, layer.gate_up);
+    linear(worker, layer.gate_up, x, c.hidden_size, gate_up_, 2 * c.intermediate_size, num_tokens, act);
     mark(worker, PhaseKind::gate_up);
 
     const SwigluFwd swiglu{.gate = gate_up_,
@@ -432,14 +499,24 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                            .gate_row_stride = 2 * c.intermediate_size,
                            .up_row_stride = 2 * c.intermediate_size,
                            .y_row_stride = c.intermediate_size,
+                           .activation = c.gate_activation,
                            .dtype = act};
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+      if (layer.gate_up_bias)
+        add_rows(gate_up_, 2 * c.intermediate_size, layer.gate_up_bias, 0, 2 * c.intermediate_size, begin, end, act);
       swiglu_isa().fwd(swiglu, begin, end);
       prepare(layer.down, mlp_, c.intermediate_size, begin, end, num_tokens);
     });
     mark(worker, PhaseKind::swiglu);
     linear(worker, layer.down, mlp_, c.intermediate_size, delta_, c.hidden_size, num_tokens, act);
     mark(worker, PhaseKind::down);
+    before = {layer.down_bias, layer.mlp_post_norm};
+  }
+  // The head adds delta as it finds it, to a row as often as it is asked for.
+  if (before.bias || before.post_norm || c.residual_multiplier != 1.0f) {
+    worker.run(num_tokens, kRowGrain,
+               [&](int64_t begin, int64_t end) { settle(before.bias, before.post_norm, begin, end); });
+    mark(worker, PhaseKind::norm);
   }
 }
 
@@ -466,7 +543,7 @@ void Decoder::head(const Step& step, Phases::Worker& worker) {
                             .h_row_stride = 0,
                             .y_row_stride = 0,
                             .eps = c.norm_eps,
-                            .weight_offset = 0.0f,
+                            .weight_offset = c.norm_weight_offset,
                             .dtype = c.act_dtype},
                            0, 1);
       }

@@ -58,6 +58,10 @@ class Decoder {
   void run(const Step& step, Phases::Worker& worker);
   void layers(const Step& step, Phases::Worker& worker);
   void head(const Step& step, Phases::Worker& worker);
+  // Rows of delta on their way into the residual stream: bias, norm after the block, multiplier.
+  void settle(const void* bias, const void* post_norm, int64_t begin, int64_t end) const;
+  // Rows of qkv on their way to rotation: bias, norm of q and k.
+  void finish_qk(const LayerWeights& layer, int64_t begin, int64_t end) const;
   void linear(Phases::Worker& worker, const Linear& parts, const void* x, int64_t x_row_stride, void* y,
               int64_t y_row_stride, int64_t num_rows, DType y_dtype) const;
   // Fills the workspace that block formats read beside x.

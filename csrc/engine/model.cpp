@@ -1,5 +1,6 @@
 #include "engine/model.h"
 
+#include <array>
 #include <cstring>
 
 #include "pe/block_weights.h"
@@ -36,6 +37,28 @@ std::string layer_part(const std::string& slot, int64_t num_layers, size_t* laye
   if (i >= static_cast<size_t>(num_layers)) return "";
   *layer = i;
   return slot.substr(dot + 1);
+}
+
+struct LayerVector {
+  const char* name;
+  const void* LayerWeights::* member;
+  int64_t size;  // 0: this model has no such vector
+};
+
+std::array<LayerVector, 10> layer_vectors(const ModelConfig& c) {
+  const auto when = [](bool present, int64_t size) { return present ? size : 0; };
+  const bool full = c.qk_norm == QkNorm::full;
+  const bool qk = c.qk_norm != QkNorm::none;
+  return {{{"attention_norm", &LayerWeights::attention_norm, when(c.has_pre_norm, c.hidden_size)},
+           {"attention_post_norm", &LayerWeights::attention_post_norm, when(c.has_post_norm, c.hidden_size)},
+           {"mlp_norm", &LayerWeights::mlp_norm, when(c.has_pre_norm, c.hidden_size)},
+           {"mlp_post_norm", &LayerWeights::mlp_post_norm, when(c.has_post_norm, c.hidden_size)},
+           {"q_norm", &LayerWeights::q_norm, when(qk, full ? c.q_size() : c.head_dim)},
+           {"k_norm", &LayerWeights::k_norm, when(qk, full ? c.kv_size() : c.head_dim)},
+           {"qkv_bias", &LayerWeights::qkv_bias, when(c.qkv_bias, c.qkv_size())},
+           {"o_bias", &LayerWeights::o_bias, when(c.o_bias, c.hidden_size)},
+           {"gate_up_bias", &LayerWeights::gate_up_bias, when(c.mlp_bias, 2 * c.intermediate_size)},
+           {"down_bias", &LayerWeights::down_bias, when(c.mlp_bias, c.hidden_size)}}};
 }
 
 }  // namespace
@@ -80,14 +103,16 @@ int64_t weight_row_bytes(WeightFormat format, int64_t num_cols) {
 Model::Model(const ModelConfig& config, size_t capacity_bytes)
     : config_(config), arena_(capacity_bytes, "model weights"), layers_(static_cast<size_t>(config.num_layers)) {}
 
-const void** Model::vector_slot(const std::string& slot) {
-  if (slot == "norm") return &norm_;
+Model::VectorSlot Model::vector_slot(const std::string& slot) const {
+  if (slot == "norm") return {nullptr, 0, config_.hidden_size};
   size_t i = 0;
   const std::string part = layer_part(slot, config_.num_layers, &i);
-  if (part == "input_norm") return &layers_[i].input_norm;
-  if (part == "post_norm") return &layers_[i].post_norm;
+  for (const LayerVector& vector : layer_vectors(config_))
+    if (part == vector.name && vector.size != 0) return {vector.member, i, vector.size};
   bad_slot(slot);
 }
+
+int64_t Model::vector_size(const std::string& slot) const { return vector_slot(slot).size; }
 
 Linear* Model::matrix_slot(const std::string& slot) {
   if (slot == "embed") return &embed_;
@@ -102,11 +127,14 @@ Linear* Model::matrix_slot(const std::string& slot) {
 }
 
 void Model::set_vector(const std::string& slot, const void* values) {
-  const void** target = vector_slot(slot);
-  const size_t num_bytes = static_cast<size_t>(config_.hidden_size * act_bytes(config_.act_dtype));
+  const VectorSlot target = vector_slot(slot);
+  const auto num_bytes = static_cast<size_t>(target.size * act_bytes(config_.act_dtype));
   uint8_t* copy = arena_.allocate(num_bytes);
   std::memcpy(copy, values, num_bytes);
-  *target = copy;
+  if (target.member)
+    layers_[target.layer].*target.member = copy;
+  else
+    norm_ = copy;
 }
 
 void Model::add_matrix(const std::string& slot, WeightFormat format, std::span<const uint8_t* const> rows,
@@ -143,14 +171,16 @@ void Model::add_matrix(const std::string& slot, WeightFormat format, std::span<c
   parts->push_back({format, num_rows, num_cols, offset, packed});
 }
 
-void Model::set_rope(const float* cos, const float* sin, int64_t num_positions) {
-  const size_t num_bytes = static_cast<size_t>(num_positions * config_.head_dim / 2) * sizeof(float);
+void Model::set_rope(int table, const float* cos, const float* sin, int64_t num_positions) {
+  if (num_positions_ != 0 && num_positions != num_positions_)
+    throw ArgumentError("cos: expected the " + std::to_string(num_positions_) + " positions of the other table, got " +
+                        std::to_string(num_positions));
+  const size_t num_bytes = static_cast<size_t>(num_positions * config_.rotary_dim / 2) * sizeof(float);
   auto* cos_copy = reinterpret_cast<float*>(arena_.allocate(num_bytes));
   auto* sin_copy = reinterpret_cast<float*>(arena_.allocate(num_bytes));
   std::memcpy(cos_copy, cos, num_bytes);
   std::memcpy(sin_copy, sin, num_bytes);
-  rope_cos_ = cos_copy;
-  rope_sin_ = sin_copy;
+  rope_[table] = {cos_copy, sin_copy};
   num_positions_ = num_positions;
 }
 
@@ -172,15 +202,19 @@ void Model::check() const {
   for (size_t i = 0; i < layers_.size(); ++i) {
     const LayerWeights& layer = layers_[i];
     const std::string prefix = "layers." + std::to_string(i) + ".";
-    if (!layer.input_norm) throw ArgumentError(prefix + "input_norm: expected values, got none");
-    if (!layer.post_norm) throw ArgumentError(prefix + "post_norm: expected values, got none");
+    for (const LayerVector& vector : layer_vectors(c))
+      if (vector.size != 0 && !(layer.*vector.member))
+        throw ArgumentError(prefix + vector.name + ": expected values, got none");
     expect(prefix + "qkv", layer.qkv, c.qkv_size(), c.hidden_size);
     expect(prefix + "o", layer.o, c.hidden_size, c.q_size());
     expect(prefix + "gate_up", layer.gate_up, 2 * c.intermediate_size, c.hidden_size);
     expect(prefix + "down", layer.down, c.hidden_size, c.intermediate_size);
   }
   if (!norm_) throw ArgumentError("norm: expected values, got none");
-  if (!rope_cos_) throw ArgumentError("rope: expected tables, got none");
+  if (num_positions_ == 0) throw ArgumentError("rope: expected tables, got none");
+  for (const LayerConfig& layer : c.layers)
+    if (layer.rope_table >= 0 && !rope_[layer.rope_table].cos)
+      throw ArgumentError("rope: expected table " + std::to_string(layer.rope_table) + ", got none");
 }
 
 int64_t Model::bytes_per_token() const {

@@ -7,6 +7,7 @@
 
 #include "pe/block_weights.h"
 #include "pe/dtype.h"
+#include "pe/swiglu.h"
 #include "runtime/arena.h"
 
 namespace pe {
@@ -33,11 +34,27 @@ struct Matrix {
 // y = x @ w^T where w is one or more matrices stacked; one of them when all parts have the same format.
 using Linear = std::vector<Matrix>;
 
+// RMS norm of q and k before rotation: of each head, or of all heads together.
+enum class QkNorm : uint8_t { none, head, full };
+
+constexpr int kNumRopeTables = 2;
+
+struct LayerConfig {
+  int64_t sliding_window;  // 0: none
+  int rope_table;          // -1: the layer does not turn q and k
+};
+
 struct ModelConfig {
   int64_t vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim;
-  int64_t sliding_window;  // 0: none
-  float norm_eps;
+  int64_t rotary_dim;               // leading elements of a head that turn
+  std::vector<LayerConfig> layers;  // [num_layers]
+  float norm_eps, norm_weight_offset;
+  float embedding_multiplier, residual_multiplier, attention_scale;
   bool tie_word_embeddings;
+  bool qkv_bias, o_bias, mlp_bias;
+  bool has_pre_norm, has_post_norm;  // before, and after, attention and MLP
+  QkNorm qk_norm;
+  GateActivation gate_activation;
   DType act_dtype;        // f32 or bf16: of activations between kernels
   bool int8_activations;  // block formats only: integer dot products over activations rounded to int8 per 32
 
@@ -46,24 +63,28 @@ struct ModelConfig {
   int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
 };
 
+// A vector is nullptr where the model has none.
 struct LayerWeights {
-  const void* input_norm = nullptr;
-  Linear qkv, o;
-  const void* post_norm = nullptr;
-  Linear gate_up, down;
+  Linear qkv, o, gate_up, down;
+  const void *attention_norm = nullptr, *attention_post_norm = nullptr;
+  const void *mlp_norm = nullptr, *mlp_post_norm = nullptr;
+  const void *q_norm = nullptr, *k_norm = nullptr;
+  const void *qkv_bias = nullptr, *o_bias = nullptr, *gate_up_bias = nullptr, *down_bias = nullptr;
 };
 
 class Model {
  public:
   Model(const ModelConfig& config, size_t capacity_bytes);
 
-  // slot: "norm", "layers.<i>.input_norm", "layers.<i>.post_norm"; `values` [hidden_size] of act_dtype, copied.
+  // slot: "norm" or "layers.<i>.<a vector of LayerWeights>"; `values` [vector_size(slot)] of act_dtype, copied.
   void set_vector(const std::string& slot, const void* values);
+  // Throws ArgumentError for a vector that this model does not have.
+  int64_t vector_size(const std::string& slot) const;
   // slot: "embed", "head", "layers.<i>.qkv" | "o" | "gate_up" | "down". Several calls stack parts in order.
   // `rows`: of the format (f32, bf16 or GGUF blocks), wherever each lies; copied.
   void add_matrix(const std::string& slot, WeightFormat format, std::span<const uint8_t* const> rows, int64_t num_cols);
-  // Rotation tables f32 [num_positions, head_dim / 2], copied.
-  void set_rope(const float* cos, const float* sin, int64_t num_positions);
+  // Rotation tables f32 [num_positions, rotary_dim / 2], copied; as many positions in each table.
+  void set_rope(int table, const float* cos, const float* sin, int64_t num_positions);
   // Throws ArgumentError that names the first slot that is missing or has a wrong shape.
   void check() const;
 
@@ -72,15 +93,20 @@ class Model {
   const void* norm() const { return norm_; }
   const Linear& embed() const { return embed_; }
   const Linear& head() const { return config_.tie_word_embeddings ? embed_ : head_; }
-  const float* rope_cos() const { return rope_cos_; }
-  const float* rope_sin() const { return rope_sin_; }
+  const float* rope_cos(int table) const { return rope_[table].cos; }
+  const float* rope_sin(int table) const { return rope_[table].sin; }
   int64_t num_positions() const { return num_positions_; }
   size_t num_bytes() const { return arena_.used(); }
   // Bytes of weights that one decode step reads.
   int64_t bytes_per_token() const;
 
  private:
-  const void** vector_slot(const std::string& slot);
+  struct VectorSlot {
+    const void* LayerWeights::* member;  // nullptr: the last norm
+    size_t layer;
+    int64_t size;
+  };
+  VectorSlot vector_slot(const std::string& slot) const;
   Linear* matrix_slot(const std::string& slot);
 
   ModelConfig config_;
@@ -88,8 +114,11 @@ class Model {
   std::vector<LayerWeights> layers_;
   const void* norm_ = nullptr;
   Linear embed_, head_;
-  const float* rope_cos_ = nullptr;
-  const float* rope_sin_ = nullptr;
+  struct RopeTable {
+    const float* cos = nullptr;
+    const float* sin = nullptr;
+  };
+  RopeTable rope_[kNumRopeTables];
   int64_t num_positions_ = 0;
 };
 

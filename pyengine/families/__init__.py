@@ -11,15 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError
-from pyengine.families import llama
+from pyengine.families import gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
 from pyengine.families.family import Family
 from pyengine.families.rows import permute_rows, unpermute_rows
+from pyengine.families.stacking import StoredRows, stacked_weights, stored_rows, stored_shapes
 from pyengine.jsonfile import file_error, read_json_object
 from pyengine.spec import ModelSpec
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "StoredRows",
     "config_from_spec",
     "family_of",
     "gguf_metadata_from_spec",
@@ -29,10 +31,15 @@ __all__ = [
     "permute_rows",
     "spec_from_config",
     "spec_from_gguf",
+    "stacked_weights",
+    "stored_rows",
+    "stored_shapes",
     "unpermute_rows",
 ]
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+FAMILIES: tuple[Family, ...] = tuple(
+    module.FAMILY for module in (llama, qwen2, qwen3, smollm3, granite, phi3, olmo2, gemma3)
+)
 
 MAX_CONFIG_BYTES = 4 << 20
 
@@ -61,9 +68,9 @@ def spec_from_gguf(
     """The spec of a GGUF file: its metadata, the names of its tensors, and its rope_freqs.weight if it has one."""
     architecture = metadata.get("general.architecture")
     for family in FAMILIES:
-        if architecture in family.gguf_architectures:
+        if architecture == family.gguf_architecture:
             return family.spec_from_gguf(metadata, tensor_names, rope_freqs)
-    known = sorted(name for family in FAMILIES for name in family.gguf_architectures)
+    known = sorted(family.gguf_architecture for family in FAMILIES)
     raise ArgumentError(f"general.architecture: expected one of {known}, got {architecture!r:.80}")
 
 

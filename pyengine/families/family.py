@@ -1,32 +1,255 @@
-"""What a family of models provides: mappings between `ModelSpec` and the descriptions other systems write."""
+"""What a family of models provides: mappings between `ModelSpec` and the descriptions other systems write.
+
+A family is mostly a table. What a table cannot say is in four methods, which a family may extend.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pyengine.spec import ModelSpec
+from pyengine.errors import ArgumentError
+from pyengine.families import config_keys, gguf_keys
+from pyengine.families.fields import get_bool, get_float, get_optional_int
+from pyengine.families.rope_config import partial_rotary_factor, rope_from_config, rope_to_config
+from pyengine.families.rows import unpermute_rows
+from pyengine.spec import ModelSpec, RopeSpec
+
+_ROTATED = tuple(f".self_attn.{part}_proj.{kind}" for part in "qk" for kind in ("weight", "bias"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """Fields of `ModelSpec`, all of one value, that config.json says by one key, and GGUF by one or none."""
+
+    fields: tuple[str, ...]
+    config_key: str
+    default: float | bool
+    """Where config.json has no such key."""
+    gguf_key: str | None = None
+    """After the name of the architecture."""
+
+
+ATTENTION_BIAS = Option(fields=("qkv_bias", "o_bias"), config_key="attention_bias", default=False)
+MLP_BIAS = Option(fields=("mlp_bias",), config_key="mlp_bias", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family. `model_types` are values of `model_type` in config.json, `gguf_architectures` of
-    `general.architecture` in a GGUF file."""
+    """One family.
+
+    Attributes:
+        name: `ModelSpec.family`.
+        classes: values of `model_type` in config.json -> their class in transformers.
+        gguf_architecture: `general.architecture` of a GGUF file.
+        traits: fields of `ModelSpec` that every model of the family has.
+        options: fields that one key of config.json says.
+        config_keys: keys beyond those of `options` that the family reads itself.
+        default_*, is_tied: where config.json has no such key.
+        partial_rotary: whether `partial_rotary_factor` is read.
+        gguf_permuted: GGUF files hold the rows of q and k in the order of rotary pairs.
+        gguf_biases: bias fields that GGUF files of the family can have.
+        gguf_tied: whether a GGUF file of the family may leave the head to the embedding.
+        gguf_keys: keys beyond those of `options` that the family reads itself.
+        stacks: part of a layer -> (its name in a folder, in a GGUF file), where files hold several stacked in one.
+    """
 
     name: str
-    model_types: tuple[str, ...]
-    gguf_architectures: tuple[str, ...]
-    spec_from_config: Callable[[Mapping[str, Any]], ModelSpec]
-    config_from_spec: Callable[[ModelSpec], dict[str, Any]]
-    spec_from_gguf: Callable[[Mapping[str, Any], Collection[str], npt.NDArray[np.floating[Any]] | None], ModelSpec]
-    gguf_metadata_from_spec: Callable[[ModelSpec], dict[str, Any]]
-    gguf_rope_freqs: Callable[[ModelSpec], npt.NDArray[np.float32] | None]
-    """The tensor rope_freqs.weight [D/2] that a GGUF file of the model needs, or None."""
-    gguf_tensor_names: Callable[[ModelSpec], dict[str, str]]
-    """Hugging Face name -> GGUF name of every weight."""
-    gguf_row_order: Callable[[ModelSpec, str], npt.NDArray[np.int64] | None]
-    """Index array i of a weight's Hugging Face name, so that hf = gguf[i]; None where the rows agree."""
+    classes: Mapping[str, str]
+    gguf_architecture: str
+    traits: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    options: tuple[Option, ...] = ()
+    config_keys: frozenset[str] = frozenset()
+    default_theta: float = 10000.0
+    default_norm_eps: float = 1e-6
+    default_num_kv_heads: int | None = None
+    is_tied: bool = False
+    partial_rotary: bool = False
+    gguf_permuted: bool = False
+    gguf_biases: tuple[str, ...] = ()
+    gguf_tied: bool = True
+    gguf_keys: frozenset[str] = frozenset()
+    stacks: Mapping[str, tuple[str, str]] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        return tuple(self.classes)
+
+    # --- what a family may extend -------------------------------------------------------------------------------------
+
+    def fields_from_config(self, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields that are not in a table. `sizes` are those that are known already."""
+        return {}
+
+    def fields_to_config(self, spec: ModelSpec) -> dict[str, Any]:
+        """Keys of config.json for the same; None for a key that is to be left out."""
+        return {}
+
+    def fields_from_gguf(self, metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def fields_to_gguf(self, spec: ModelSpec) -> dict[str, Any]:
+        return {}
+
+    def rope_from_config(self, config: Mapping[str, Any]) -> RopeSpec:
+        return rope_from_config(config, default_theta=self.default_theta, partial=self.partial_rotary)
+
+    def model_type_of(self, spec: ModelSpec) -> str:
+        return next(iter(self.classes))
+
+    # --- config.json --------------------------------------------------------------------------------------------------
+
+    def spec_from_config(self, config: Mapping[str, Any]) -> ModelSpec:
+        """`config` is the content of config.json. Unsupported features raise ArgumentError with their key."""
+        known = self.config_keys | {option.config_key for option in self.options}
+        if self.partial_rotary:
+            known |= {"partial_rotary_factor"}
+        config_keys.check_neutral(config, known)
+        values = config_keys.sizes_from_config(config, default_num_kv_heads=self.default_num_kv_heads)
+        values |= {
+            "norm_eps": get_float(config, "rms_norm_eps", self.default_norm_eps),
+            "rope": self.rope_from_config(config),
+            "tie_word_embeddings": get_bool(config, "tie_word_embeddings", self.is_tied),
+        }
+        for option in self.options:
+            if isinstance(option.default, bool):
+                value: float | bool = get_bool(config, option.config_key, option.default)
+            else:
+                value = get_float(config, option.config_key, option.default)
+            values |= dict.fromkeys(option.fields, value)
+        values |= self.traits
+        self._check_sizes(values)
+        if self.partial_rotary and (factor := partial_rotary_factor(config)) != 1.0:
+            values["rotary_dim"] = int(values["head_dim"] * factor)
+        values |= self.fields_from_config(config, values)
+        return ModelSpec(family=self.name, **values)
+
+    def config_from_spec(self, spec: ModelSpec) -> dict[str, Any]:
+        """The content of a config.json that transformers and `spec_from_config` read back to the same model."""
+        if spec.rotary_dim is not None and not self.partial_rotary:
+            raise ArgumentError(f"rotary_dim: expected None, which config.json can say, got {spec.rotary_dim}")
+        model_type = self.model_type_of(spec)
+        config: dict[str, Any] = {"architectures": [self.classes[model_type]], "model_type": model_type}
+        config |= config_keys.sizes_to_config(spec)
+        for option in self.options:
+            value = getattr(spec, option.fields[0])
+            config[option.config_key] = spec.softmax_scale if option.fields == ("attention_scale",) else value
+        config |= rope_to_config(spec.rope, rotary_dim=spec.rotary_dim, head_dim=spec.head_dim)
+        config |= self.fields_to_config(spec)
+        self._check_same(spec, self.spec_from_config(config), "config.json")
+        return config
+
+    # --- GGUF ---------------------------------------------------------------------------------------------------------
+
+    def spec_from_gguf(
+        self,
+        metadata: Mapping[str, Any],
+        tensor_names: Collection[str],
+        rope_freqs: npt.NDArray[np.floating[Any]] | None,
+    ) -> ModelSpec:
+        """`tensor_names` tell tied embeddings and biases; `rope_freqs` is the tensor rope_freqs.weight [P] or None."""
+        architecture = self.gguf_architecture
+        if ("rope_freqs.weight" in tensor_names) != (rope_freqs is not None):
+            raise ArgumentError(
+                "rope_freqs: expected the tensor rope_freqs.weight exactly when tensor_names has it, "
+                f"got {'none' if rope_freqs is None else 'one'}"
+            )
+        keys = {option.gguf_key: option for option in self.options if option.gguf_key is not None}
+        gguf_keys.check_neutral(metadata, architecture, {*keys, *self.gguf_keys})
+        values = gguf_keys.sizes_from_gguf(metadata, architecture)
+        values |= {
+            "rope": gguf_keys.rope_from_gguf(metadata, architecture, rope_freqs),
+            "tie_word_embeddings": "output.weight" not in tensor_names,
+        }
+        for key, option in keys.items():
+            value = get_float(metadata, f"{architecture}.{key}", 0.0)
+            if value != 0.0:
+                values |= dict.fromkeys(option.fields, gguf_keys.shortest(value))
+        rotary_dim = get_optional_int(metadata, f"{architecture}.rope.dimension_count")
+        if rotary_dim not in (None, values["head_dim"]):
+            if not self.partial_rotary:
+                raise ArgumentError(
+                    f"{architecture}.rope.dimension_count: expected {values['head_dim']}, got {rotary_dim}"
+                )
+            values["rotary_dim"] = rotary_dim
+        for name in self.gguf_biases:
+            values[name] = "blk.0." + gguf_keys.BIASES[name] in tensor_names
+        values |= self.traits
+        self._check_sizes(values)
+        values |= self.fields_from_gguf(metadata, values)
+        spec = ModelSpec(family=self.name, **values)
+        extra = sorted(set(tensor_names) - {*self.gguf_tensor_names(spec).values(), "rope_freqs.weight"})
+        if extra:
+            kind = "bias" if extra[0].endswith(".bias") else "tensors beyond those of the model"
+            raise ArgumentError(f"tensor_names: expected no {kind}, got {extra[0]!r:.80}")
+        return spec
+
+    def gguf_metadata_from_spec(self, spec: ModelSpec) -> dict[str, Any]:
+        """Architecture keys for a GGUF file. Llama 3 and factor scaling go into a tensor: `gguf_rope_freqs`."""
+        architecture = self.gguf_architecture
+        metadata = gguf_keys.sizes_to_gguf(spec, architecture)
+        for option in self.options:
+            if option.gguf_key is not None:
+                value = spec.softmax_scale if option.fields == ("attention_scale",) else getattr(spec, option.fields[0])
+                metadata[f"{architecture}.{option.gguf_key}"] = value
+        metadata |= self.fields_to_gguf(spec)
+        absent = [name for name in gguf_keys.BIASES if name not in (*self.gguf_biases, *self.traits)]
+        for name in absent if self.gguf_tied else (*absent, "tie_word_embeddings"):
+            if getattr(spec, name):
+                raise ArgumentError(
+                    f"{name}: expected False, which a GGUF file of {architecture} can say, got {getattr(spec, name)}"
+                )
+        rope_freqs = self.gguf_rope_freqs(spec)
+        names = {*self.gguf_tensor_names(spec).values(), *(() if rope_freqs is None else ("rope_freqs.weight",))}
+        self._check_same(spec, self.spec_from_gguf(metadata, names, rope_freqs), f"a GGUF file of {architecture}")
+        return metadata
+
+    def gguf_rope_freqs(self, spec: ModelSpec) -> npt.NDArray[np.float32] | None:
+        """The tensor rope_freqs.weight [P] that a GGUF file of the model needs, or None."""
+        return gguf_keys.rope_freqs_of(spec)
+
+    # --- tensors: see families/stacking.py ----------------------------------------------------------------------------
+
+    def folder_tensor_names(self, spec: ModelSpec) -> dict[str, str]:
+        """Name of every weight -> its name in the safetensors files of a folder."""
+        return {name: self._stacked(name, 0, name) for name in spec.tensor_shapes()}
+
+    def gguf_tensor_names(self, spec: ModelSpec) -> dict[str, str]:
+        """Name of every weight -> its name in a GGUF file."""
+        stacked = {part: names[1] for part, names in self.stacks.items()}
+        return gguf_keys.tensor_names(spec, gguf_keys.LAYER_TENSORS | stacked)
+
+    def gguf_row_order(self, spec: ModelSpec, name: str) -> npt.NDArray[np.int64] | None:
+        """Index array i of the weight `name`, so that hf = gguf[i]; None where the rows agree."""
+        if not self.gguf_permuted or not name.endswith(_ROTATED):
+            return None
+        return unpermute_rows(spec.num_heads if ".q_proj." in name else spec.num_kv_heads, spec.head_dim)
+
+    def _stacked(self, name: str, index: int, default: str) -> str:
+        for part, names in self.stacks.items():
+            if f".{part}." in name:
+                return name.replace(part, names[index])
+        return default
+
+    def _check_sizes(self, values: Mapping[str, Any]) -> None:
+        """Raises ArgumentError for sizes out of range, before a list is made or a root taken of one."""
+        names = {item.name for item in fields(ModelSpec) if item.default is MISSING}
+        checked = {name: values[name] for name in names if name in values}
+        ModelSpec(**checked | {"family": self.name, "rope": RopeSpec(theta=values["rope"].theta)})
+
+    def _check_same(self, spec: ModelSpec, back: ModelSpec, where: str) -> None:
+        """Raises ArgumentError with the first field that the description `where` does not hold."""
+        for item in fields(spec):
+            value, expected = getattr(spec, item.name), getattr(back, item.name)
+            if item.name == "rope":
+                # The scaling may pass through float32 factors.
+                value, expected = value.theta, expected.theta
+            if item.name == "norm_weight_offset" and where != "config.json":
+                continue  # norms in a GGUF file hold the sum
+            if value != expected:
+                raise ArgumentError(f"{item.name}: expected {expected!r}, which {where} can say, got {value!r:.80}")

@@ -16,7 +16,7 @@ from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.formats.blocks import quantize_q4_0, quantize_q4_1, quantize_q8_0
 from pyengine.infer.source import WeightSource, open_source
-from pyengine.spec import ModelSpec
+from pyengine.spec import NORM_NAMES, ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
@@ -107,9 +107,21 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        sliding_window=spec.sliding_window or 0,
+        rotary_dim=2 * spec.num_rotary_pairs,
+        sliding_windows=[spec.window_of(layer) or 0 for layer in range(spec.num_layers)],
+        rope_tables=[spec.rope_table_of(layer) if spec.has_rope(layer) else -1 for layer in range(spec.num_layers)],
         norm_eps=spec.norm_eps,
+        norm_weight_offset=spec.norm_weight_offset,
+        embedding_multiplier=spec.embedding_multiplier,
+        residual_multiplier=spec.residual_multiplier,
+        attention_scale=spec.softmax_scale,
         tie_word_embeddings=spec.tie_word_embeddings,
+        qkv_bias=spec.qkv_bias,
+        o_bias=spec.o_bias,
+        mlp_bias=spec.mlp_bias,
+        qk_norm=spec.qk_norm,
+        norm_placement=spec.norm_placement,
+        gate_activation=spec.gate_activation,
         act_dtype=act_dtype,
         int8_activations=mode == "fast",
         capacity_bytes=_capacity(spec, formats, max_context),
@@ -118,10 +130,11 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
     with ThreadPoolExecutor(1, "tokenizer") as pool:
         tokenizer = pool.submit(source.tokenizer)
         _fill(model, source, formats, act_dtype)
-    half = spec.head_dim // 2
-    cos, sin = np.empty((max_context, half), np.float32), np.empty((max_context, half), np.float32)
-    _C.rope_table(spec.inv_freq(), cos, sin)
-    model.set_rope(cos, sin)
+    shape = max_context, spec.num_rotary_pairs
+    for table, inv_freq in enumerate(spec.rope_tables()):
+        cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        _C.rope_table(inv_freq, cos, sin)
+        model.set_rope(cos, sin, table=table)
     model.check()
 
     cache_tokens = options.cache_tokens or max_context
@@ -155,6 +168,28 @@ _SLOTS = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+# The same for vectors; norms of the residual stream have the slots of `NORM_NAMES`.
+_VECTOR_SLOTS = {
+    "q_norm": ("self_attn.q_norm.weight",),
+    "k_norm": ("self_attn.k_norm.weight",),
+    "qkv_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "o_bias": ("self_attn.o_proj.bias",),
+    "gate_up_bias": ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+    "down_bias": ("mlp.down_proj.bias",),
+}
+
+
+def _vector_slots(spec: ModelSpec) -> dict[str, list[str]]:
+    """Native slot -> names of the vectors that it joins, for those that the model has."""
+    norms = {slot: (f"{name}.weight",) for slot, name in NORM_NAMES[spec.norm_placement].items()}
+    shapes = spec.tensor_shapes()
+    slots = {"norm": ["model.norm.weight"]}
+    for i in range(spec.num_layers):
+        for slot, parts in (norms | _VECTOR_SLOTS).items():
+            names = [f"model.layers.{i}.{part}" for part in parts]
+            if names[0] in shapes:
+                slots[f"layers.{i}.{slot}"] = names
+    return slots
 
 
 def _slots(spec: ModelSpec) -> dict[str, list[str]]:
@@ -186,17 +221,18 @@ def _capacity(spec: ModelSpec, formats: dict[str, str], max_context: int) -> int
         for group in _groups(names, formats):
             num_rows = sum(shapes[name][0] for name in group)
             total += _C.packed_weight_bytes(formats[group[0]], num_rows, shapes[group[0]][1]) + 64
-    total += (2 * spec.num_layers + 1) * (4 * spec.hidden_size + 64)
-    return total + 2 * (max_context * spec.head_dim // 2 * 4 + 64)
+    for names in _vector_slots(spec).values():
+        total += 4 * sum(shapes[name][0] for name in names) + 64
+    return total + 2 * len(spec.rope_tables()) * (max_context * spec.num_rotary_pairs * 4 + 64)
 
 
 def _fill(model: _C.DecoderModel, source: WeightSource, formats: dict[str, str], act_dtype: str) -> None:
-    vectors = {"norm": "model.norm.weight"}
-    for i in range(source.spec.num_layers):
-        vectors[f"layers.{i}.input_norm"] = f"model.layers.{i}.input_layernorm.weight"
-        vectors[f"layers.{i}.post_norm"] = f"model.layers.{i}.post_attention_layernorm.weight"
-    for slot, name in vectors.items():
-        values = source.dense(name).astype(ml_dtypes.bfloat16 if act_dtype == "bfloat16" else np.float32)
+    dtype = ml_dtypes.bfloat16 if act_dtype == "bfloat16" else np.float32
+    for slot, names in _vector_slots(source.spec).items():
+        values = np.concatenate([source.dense(name) for name in names]).astype(dtype)
+        if slot == "norm" and source.spec.logits_divisor != 1.0:
+            # The head is linear: dividing what it reads divides the logits.
+            values = (values.astype(np.float32) / np.float32(source.spec.logits_divisor)).astype(dtype)
         model.set_vector(slot, values.view(np.uint8).reshape(-1))
     shapes = source.spec.tensor_shapes()
     for slot, names in _slots(source.spec).items():

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError, ModelFileError
-from pyengine.families import family_of, load_spec, spec_from_gguf
+from pyengine.families import family_of, load_spec, spec_from_gguf, stored_rows, stored_shapes
 from pyengine.formats import GgufReader, SafetensorsReader, open_gguf, open_safetensors
 from pyengine.jsonfile import read_json_object
 from pyengine.spec import ModelSpec
@@ -56,8 +56,7 @@ def _matrix_names(spec: ModelSpec) -> list[str]:
     return [name for name, shape in spec.tensor_shapes().items() if len(shape) == 2]
 
 
-def _check_shape(path: str, name: str, got: tuple[int, ...], spec: ModelSpec) -> None:
-    expected = spec.tensor_shapes()[name]
+def _check_shape(path: str, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if got != expected:
         raise ModelFileError(path, None, name, f"expected shape {expected}, got {got}")
 
@@ -76,27 +75,30 @@ class GgufSource:
             field, _, message = str(error).partition(": ")
             raise ModelFileError(self.path, None, field, message) from error
         self._family = family_of(self.spec)
-        self._names = self._family.gguf_tensor_names(self.spec)
-        for name, stored in self._names.items():
+        names = self._family.gguf_tensor_names(self.spec)
+        self._rows = stored_rows(self.spec, names)
+        for stored, shape in stored_shapes(self.spec, names).items():
             if stored not in self._file:
                 raise ModelFileError(self.path, None, stored, "expected this tensor, got none of that name")
-            _check_shape(self.path, name, self._file.info(stored).shape, self.spec)
+            _check_shape(self.path, stored, self._file.info(stored).shape, shape)
 
     def matrix_names(self) -> list[str]:
         return _matrix_names(self.spec)
 
     def stored_format(self, name: str) -> str:
-        stored = self._file.info(self._names[name]).type.lower()
+        stored = self._file.info(self._rows[name].name).type.lower()
         return {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(stored, stored)
 
     def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:
-        data = np.frombuffer(self._file.data(self._names[name]), np.uint8)
+        place = self._rows[name]
+        data = np.frombuffer(self._file.data(place.name), np.uint8)
+        rows = data.reshape(self._file.info(place.name).shape[0], -1)[place.start : place.stop]
         order = self._family.gguf_row_order(self.spec, name)
-        rows = data.reshape(self._file.info(self._names[name]).shape[0], -1)
         return rows, None if order is None else order.astype(np.int32)
 
     def dense(self, name: str) -> Array:
-        rows = self._file.dequantize(self._names[name])
+        place = self._rows[name]
+        rows = self._file.dequantize(place.name)[place.start : place.stop]
         order = self._family.gguf_row_order(self.spec, name)
         return rows if order is None else rows[order]
 
@@ -121,10 +123,13 @@ class FolderSource:
             if file not in self._files:
                 self._files[file] = open_safetensors(path / file)
             self._place[name] = self._files[file]
-        for name in self.spec.tensor_shapes():
-            if name not in self._place or name not in self._place[name]:
-                raise ModelFileError(self.path, None, name, "expected this tensor, got none of that name")
-            _check_shape(self.path, name, self._place[name].info(name).shape, self.spec)
+        names = family_of(self.spec).folder_tensor_names(self.spec)
+        self._rows = stored_rows(self.spec, names)
+        for stored, shape in stored_shapes(self.spec, names).items():
+            if stored not in self._place or stored not in self._place[stored]:
+                raise ModelFileError(self.path, None, stored, "expected this tensor, got none of that name")
+            _check_shape(self.path, stored, self._place[stored].info(stored).shape, shape)
+        for name in names:
             self.stored_format(name)
 
     @staticmethod
@@ -146,18 +151,22 @@ class FolderSource:
         return _matrix_names(self.spec)
 
     def stored_format(self, name: str) -> str:
-        stored = self._place[name].info(name).dtype
+        stored = self._rows[name].name
+        dtype = self._place[stored].info(stored).dtype
         known = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        if stored not in known:
-            raise ModelFileError(self.path, None, name, f"expected one of {', '.join(known)}, got {stored}")
-        return known[stored]
+        if dtype not in known:
+            raise ModelFileError(self.path, None, stored, f"expected one of {', '.join(known)}, got {dtype}")
+        return known[dtype]
 
     def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], None]:
-        data = np.frombuffer(self._place[name].data(name), np.uint8)
-        return data.reshape(self._place[name].info(name).shape[0], -1), None
+        place = self._rows[name]
+        file = self._place[place.name]
+        data = np.frombuffer(file.data(place.name), np.uint8)
+        return data.reshape(file.info(place.name).shape[0], -1)[place.start : place.stop], None
 
     def dense(self, name: str) -> Array:
-        return self._place[name][name].astype(np.float32)
+        place = self._rows[name]
+        return self._place[place.name][place.name][place.start : place.stop].astype(np.float32)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)

@@ -15,55 +15,98 @@ from pyengine.nn import Attention, Embedding, Linear, PackedPositions, RMSNorm, 
 from pyengine.ops.linear_cross_entropy import linear_cross_entropy
 from pyengine.ops.matmul import matmul
 from pyengine.ops.rope import rope_table
-from pyengine.spec import ModelSpec
+from pyengine.spec import NORM_NAMES, ModelSpec
 
 IGNORE = -100
 
 
-class DecoderLayer(nn.Module):
-    """Norm, attention, norm, MLP. The sum with the residual stream is left to the norm that comes next."""
+def _norm(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str | None) -> RMSNorm:
+    offset = spec.norm_weight_offset
+    return RMSNorm(spec.hidden_size, eps=spec.norm_eps, weight_offset=offset, dtype=dtype, device=device)
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str | None) -> None:
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each with a norm before or after it, or both. The last sum is left to the norm that comes
+    next."""
+
+    def __init__(self, spec: ModelSpec, layer: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
+        self.residual_multiplier = spec.residual_multiplier
+        self.norm_names = NORM_NAMES[spec.norm_placement]
+        for name in self.norm_names.values():
+            self.add_module(name, _norm(spec, dtype, device))
         self.self_attn = Attention(
             spec.hidden_size,
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
-            sliding_window=spec.sliding_window,
+            qkv_bias=spec.qkv_bias,
+            o_bias=spec.o_bias,
+            qk_norm=spec.qk_norm,
+            norm_eps=spec.norm_eps,
+            norm_weight_offset=spec.norm_weight_offset,
+            use_rope=spec.has_rope(layer),
+            use_local_rope=spec.rope_table_of(layer) == 1,
+            sliding_window=spec.window_of(layer),
+            scale=spec.softmax_scale,
             dtype=dtype,
             device=device,
         )
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
-        self.mlp = SwiGluMlp(spec.hidden_size, spec.intermediate_size, dtype=dtype, device=device)
+        self.mlp = SwiGluMlp(
+            spec.hidden_size,
+            spec.intermediate_size,
+            activation=spec.gate_activation,
+            bias=spec.mlp_bias,
+            dtype=dtype,
+            device=device,
+        )
 
     def forward(self, x: Tensor, residual: Tensor | None, packed: PackedPositions) -> tuple[Tensor, Tensor]:
-        """x and residual [num_tokens, hidden_size] -> (output of the MLP, residual stream before it)."""
-        y, h = self.input_layernorm(x, residual)
-        y, h = self.post_attention_layernorm(self.self_attn(y, packed), h)
-        return self.mlp(y), h
+        """x and residual [num_tokens, hidden_size] -> (what the MLP adds, residual stream before it)."""
+        y, h = self._enter("attention_norm", x, residual)
+        y, h = self._enter("mlp_norm", self._leave("attention_post_norm", self.self_attn(y, packed)), h)
+        return self._leave("mlp_post_norm", self.mlp(y)), h
+
+    def _enter(self, role: str, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(input of a block, residual stream with x in it)."""
+        if role in self.norm_names:
+            return self.get_submodule(self.norm_names[role])(x, residual)  # type: ignore[no-any-return]
+        h = x if residual is None else x + residual
+        return h, h
+
+    def _leave(self, role: str, x: Tensor) -> Tensor:
+        """What a block adds to the residual stream."""
+        if role in self.norm_names:
+            x = self.get_submodule(self.norm_names[role])(x)[0]
+        return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
 
 
 class Decoder(nn.Module):
-    """Token ids to normalised hidden states."""
+    """Token ids to normalised hidden states, divided by `logits_divisor`: the head is linear."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
         self.recompute = False
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(DecoderLayer(spec, dtype, device) for _ in range(spec.num_layers))
-        self.norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
+        self.embedding_multiplier = spec.embedding_multiplier
+        self.logits_divisor = spec.logits_divisor
+        self.layers = nn.ModuleList(DecoderLayer(spec, layer, dtype, device) for layer in range(spec.num_layers))
+        self.norm = _norm(spec, dtype, device)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids [num_tokens] -> what enters the first layer, [num_tokens, hidden_size]."""
+        x: Tensor = self.embed_tokens(input_ids)
+        return x if self.embedding_multiplier == 1.0 else x * self.embedding_multiplier
 
     def forward(self, input_ids: Tensor, packed: PackedPositions) -> Tensor:
         """input_ids [num_tokens] -> [num_tokens, hidden_size]."""
-        x, residual = self.embed_tokens(input_ids), None
+        x, residual = self.embed(input_ids), None
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x, residual = checkpoint(layer, x, residual, packed, use_reentrant=False)
             else:
                 x, residual = layer(x, residual, packed)
-        return self.norm(x, residual)[0]  # type: ignore[no-any-return]
+        return self.norm(x, residual, weight_divisor=self.logits_divisor)[0]  # type: ignore[no-any-return]
 
 
 class CausalLM(nn.Module):
@@ -91,7 +134,7 @@ class CausalLM(nn.Module):
         self.model = Decoder(spec, dtype, device)
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, dtype=dtype, device=device)
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._rope: list[tuple[Tensor, Tensor]] = []
         if self.model.norm.weight.device.type != "meta":
             initialize(self, seed=seed, num_layers=spec.num_layers)
 
@@ -166,8 +209,8 @@ class CausalLM(nn.Module):
             input_ids.shape, position_ids, segment_offsets, self.spec.max_position_embeddings, input_ids.device
         )
         num_positions = int(positions.max()) + 1 if positions.numel() else 1
-        cos, sin = self._rope_table(num_positions, input_ids.device)
-        return PackedPositions(positions, offsets, cos, sin)
+        tables = self._rope_tables(num_positions, input_ids.device)
+        return PackedPositions(positions, offsets, *tables[0], local=tables[1] if len(tables) > 1 else None)
 
     def check_ids(self, name: str, ids: Tensor, *, allow_ignore: bool = False) -> None:
         """Raises ArgumentError with `name` unless `ids` are integers in [0, vocab_size), or `IGNORE` where allowed."""
@@ -182,10 +225,10 @@ class CausalLM(nn.Module):
             expected = f"0 to {self.spec.vocab_size - 1}" + (f" or {IGNORE}" if allow_ignore else "")
             raise ArgumentError(f"{name}: expected ids {expected}, got {int(ids[wrong][0])}")
 
-    def _rope_table(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A row of the table depends on its position alone, so growing the table changes no result."""
-        if self._rope is None or len(self._rope[0]) < num_positions or self._rope[0].device != device:
+    def _rope_tables(self, num_positions: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """A row of a table depends on its position alone, so growing the tables changes no result."""
+        if not self._rope or len(self._rope[0][0]) < num_positions or self._rope[0][0].device != device:
             size = min(1 << (num_positions - 1).bit_length(), self.spec.max_position_embeddings)
-            cos, sin = rope_table(torch.from_numpy(self.spec.inv_freq()), size)
-            self._rope = cos.to(device), sin.to(device)
+            tables = [rope_table(torch.from_numpy(inv_freq), size) for inv_freq in self.spec.rope_tables()]
+            self._rope = [(cos.to(device), sin.to(device)) for cos, sin in tables]
         return self._rope

@@ -15,14 +15,15 @@ _RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 
 @torch.no_grad()
 def initialize(model: nn.Module, *, seed: int, num_layers: int, std: float = STD) -> None:
-    """Matrices normal with deviation `std`, vectors (scales of norms) 1.
+    """Matrices normal with deviation `std`, biases 0. Norms stay as they are made: they scale by 1.
 
     Each parameter has a generator of its own, so its values do not depend on which others exist, nor on the dtype
     beyond rounding.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
-            parameter.fill_(1.0)
+            if name.endswith(".bias"):
+                parameter.fill_(0.0)
             continue
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8, person=b"pyengine init").digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

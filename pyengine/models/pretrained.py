@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from pyengine.errors import ArgumentError, ModelFileError
-from pyengine.families import config_from_spec, family_of, load_spec, spec_from_gguf
+from pyengine.families import (
+    config_from_spec,
+    family_of,
+    load_spec,
+    spec_from_gguf,
+    stacked_weights,
+    stored_rows,
+    stored_shapes,
+)
 from pyengine.formats import GgufReader, SafetensorsReader, open_gguf, open_safetensors, write_safetensors
 from pyengine.formats.atomic import atomic_write
 from pyengine.jsonfile import read_json_object
@@ -54,13 +62,22 @@ def save_pretrained(model: CausalLM, folder: str | os.PathLike[str]) -> None:
     """Write config.json and model.safetensors, which transformers and `from_pretrained` load to the same logits.
 
     Each file appears whole or not at all; weights keep their dtype.
+
+    Raises:
+        ArgumentError: a model that config.json cannot describe, such as one of Gemma from a GGUF file, whose norms hold
+            the sum of weight and offset.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), config_json(model)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: to_numpy(tensor) for name, tensor in model.state_dict().items()}
+    weights = {name: to_numpy(tensor) for name, tensor in model.state_dict().items()}
+    names = family_of(model.spec).folder_tensor_names(model.spec)
+    tensors = {
+        stored: weights[parts[0]] if len(parts) == 1 else np.concatenate([weights[part] for part in parts])
+        for stored, parts in stacked_weights(names).items()
+    }
     write_safetensors(folder / SAFETENSORS_NAME, tensors, metadata={"format": "pt"})
     with atomic_write(folder / "config.json") as file:
-        file.write(config_json(model))
+        file.write(config)
 
 
 def config_json(model: CausalLM) -> bytes:
@@ -76,14 +93,16 @@ def config_json(model: CausalLM) -> bytes:
 def _read_folder(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     files = _open_files(folder)
     where = {name: file for file in files for name in file}
-    expected = spec.tensor_shapes()
-    for name, shape in expected.items():
-        if name not in where:
-            raise ModelFileError(str(folder), None, name, "expected this tensor, got none")
-        array = where[name][name]
+    names = family_of(spec).folder_tensor_names(spec)
+    expected = stored_shapes(spec, names)
+    for name, place in stored_rows(spec, names).items():
+        stored, shape = place.name, expected[place.name]
+        if stored not in where:
+            raise ModelFileError(str(folder), None, stored, "expected this tensor, got none")
+        array = where[stored][stored]
         if array.shape != shape:
-            raise ModelFileError(where[name].path, None, name, f"expected shape {shape}, got {array.shape}")
-        yield name, _as_parameter(where[name].path, name, array, dtype)
+            raise ModelFileError(where[stored].path, None, stored, f"expected shape {shape}, got {array.shape}")
+        yield name, _as_parameter(where[stored].path, stored, array[place.start : place.stop], dtype)
     for name in sorted(where.keys() - expected.keys()):
         if name.endswith("rotary_emb.inv_freq"):
             continue
@@ -123,14 +142,15 @@ def _gguf_spec(reader: GgufReader) -> ModelSpec:
 def _read_gguf(reader: GgufReader, spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     family = family_of(spec)
     names = family.gguf_tensor_names(spec)
-    for name, shape in spec.tensor_shapes().items():
-        gguf_name = names[name]
+    shapes = stored_shapes(spec, names)
+    for name, place in stored_rows(spec, names).items():
+        gguf_name, shape = place.name, shapes[place.name]
         if gguf_name not in reader:
             raise ModelFileError(reader.path, None, gguf_name, "expected this tensor, got none")
         if reader.info(gguf_name).shape != shape:
             got = reader.info(gguf_name).shape
             raise ModelFileError(reader.path, None, gguf_name, f"expected shape {shape}, got {got}")
-        values = reader.dequantize(gguf_name)
+        values = reader.dequantize(gguf_name)[place.start : place.stop]
         rows = family.gguf_row_order(spec, name)
         yield name, from_numpy(values if rows is None else values[rows], dtype)
 

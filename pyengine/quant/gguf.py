@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError, CapacityError, ModelFileError
-from pyengine.families import family_of, gguf_metadata_from_spec
+from pyengine.families import family_of, gguf_metadata_from_spec, stacked_weights, stored_shapes
 from pyengine.formats import GgufTensor, open_gguf, quantize_q4_0, quantize_q4_1, quantize_q8_0, write_gguf
 from pyengine.formats.blocks import BLOCK_BYTES, BLOCK_ELEMENTS
 from pyengine.infer.source import WeightSource, open_source
@@ -119,20 +119,22 @@ def quantize_to_gguf(
         if progress is not None:
             progress(name, done, total)
 
-    def make(name: str, stored_name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    def make(stored_name: str, parts: list[str], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         report(stored_name, 0)
-        data = _encode(source, name, formats.get(name, "float32"), search, rounded.get(name))
+        rows = [_encode(source, name, formats.get(name, "float32"), search, rounded.get(name)) for name in parts]
         report(stored_name, math.prod(shape))
-        return data
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     tensors: dict[str, npt.NDArray[Any] | GgufTensor] = {}
     rope_freqs = family_of(spec).gguf_rope_freqs(spec)
     if rope_freqs is not None:
         tensors["rope_freqs.weight"] = rope_freqs
-    names, shapes = family_of(spec).gguf_tensor_names(spec), spec.tensor_shapes()
-    for name, stored_name in names.items():
-        data = partial(make, name, stored_name, shapes[name])
-        tensors[stored_name] = GgufTensor(data, FORMATS[formats.get(name, "float32")][0], shapes[name])
+    names = family_of(spec).gguf_tensor_names(spec)
+    shapes = stored_shapes(spec, names)
+    for stored_name, parts in stacked_weights(names).items():
+        shape = shapes[stored_name]
+        stored_format = FORMATS[formats.get(parts[0], "float32")][0]
+        tensors[stored_name] = GgufTensor(partial(make, stored_name, parts, shape), stored_format, shape)
     try:
         write_gguf(out, metadata, tensors, types)
     except OSError as error:
@@ -199,6 +201,10 @@ def _encode(
     source: WeightSource, name: str, wanted: str, search: bool, rounded: npt.NDArray[np.uint8] | None
 ) -> npt.NDArray[np.uint8]:
     """The weight as it stands in the file: uint8 [num_rows, row_bytes], rows in the order of GGUF."""
+    offset = source.spec.norm_weight_offset
+    if offset != 0.0 and name.endswith("norm.weight"):
+        # GGUF has no such offset: its norms hold the sum.
+        return _convert(source.dense(name).reshape(-1, 1) + np.float32(offset), wanted, search)
     if rounded is not None:
         rows = rounded
     elif source.stored_format(name) == wanted:

@@ -49,6 +49,41 @@ def tiny_llama(folder: Path, *, seed: int = 0, vocab_size: int = 384, **override
     return folder
 
 
+def tiny_model(folder: Path, model_type: str, *, dtype: Any = None, seed: int = 0, **overrides: Any) -> Path:
+    """As `tiny_llama`, for any `model_type` of transformers; `overrides` are fields of its config.
+
+    Weights are large enough that attention and text depend on the whole context, and norms and biases are random too:
+    transformers starts them at 1 and 0, where many mistakes do not show.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values: dict[str, Any] = {
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(model_type, **(values | overrides))
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.to(dtype or torch.float32).save_pretrained(folder)
+    write_tiny_tokenizer(folder)
+    return folder
+
+
 def write_tiny_tokenizer(folder: Path, *, vocab_size: int = 384) -> None:
     """tokenizer.json, tokenizer_config.json and chat_template.jinja (ChatML) in `folder`. Needs tokenizers only."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -20,7 +20,7 @@ from pyengine.families import (
     spec_from_gguf,
     unpermute_rows,
 )
-from pyengine.families.llama import gguf_rope_freqs, gguf_row_order, gguf_tensor_names
+from pyengine.families.llama import FAMILY
 from pyengine.spec import FactorScaling, LinearScaling, Llama3Scaling, ModelSpec, RopeSpec
 from pyengine.testing.smollm2 import open_smollm2
 
@@ -50,7 +50,7 @@ LLAMA3_SCALING = {
 
 
 def gguf_names(spec: ModelSpec) -> set[str]:
-    return set(gguf_tensor_names(spec).values())
+    return set(FAMILY.gguf_tensor_names(spec).values())
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_rope_dialects_agree_with_transformers(extra: dict[str, Any], rope: Rope
 @pytest.mark.parametrize(
     ("key", "extra"),
     [
-        ("attention_bias", {"attention_bias": True}),
-        ("mlp_bias", {"mlp_bias": True}),
+        ("attention_bias", {"attention_bias": 1}),
+        ("mlp_bias", {"mlp_bias": True, "model_type": "mistral"}),
         ("hidden_act", {"hidden_act": "gelu"}),
         ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
         ("rope_interleaved", {"rope_interleaved": True}),
@@ -175,7 +175,7 @@ def test_generation_config_wins_for_special_tokens(tmp_path: Path) -> None:
         (b'{"vocab_size": ' + b"9" * 5000 + b"}", None),
         (b" " * (4 << 20) + b"{}", None),
         (json.dumps(CONFIG | {"vocab_size": 1 << 60}).encode(), "vocab_size"),
-        (json.dumps(CONFIG | {"mlp_bias": True}).encode(), "mlp_bias"),
+        (json.dumps(CONFIG | {"mlp_bias": 1}).encode(), "mlp_bias"),
     ],
 )
 def test_hostile_config_file(content: bytes, field: str | None, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_rows_of_a_real_file_move_as_in_transformers(part: str) -> None:
     processors = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
     reader = open_smollm2()
     spec = spec_from_gguf(reader.metadata, list(reader))
-    order = gguf_row_order(spec, f"model.layers.0.self_attn.{part}_proj.weight")
+    order = FAMILY.gguf_row_order(spec, f"model.layers.0.self_attn.{part}_proj.weight")
     assert order is not None
     name = f"blk.0.attn_{part}.weight"
     kind = quants.GGMLQuantizationType[reader.info(name).type]
@@ -222,7 +222,7 @@ def test_rows_of_a_real_file_move_as_in_transformers(part: str) -> None:
 def test_row_order_only_for_rotated_projections() -> None:
     spec = spec_from_config(CONFIG)
     for name in spec.tensor_shapes():
-        order = gguf_row_order(spec, name)
+        order = FAMILY.gguf_row_order(spec, name)
         assert (order is not None) == (".q_proj." in name or ".k_proj." in name)
         if order is not None:
             assert sorted(order) == list(range(spec.tensor_shapes()[name][0]))
@@ -233,7 +233,7 @@ def test_tensor_names_are_those_of_gguf(tied: bool) -> None:
     gguf = pytest.importorskip("gguf")
     spec = spec_from_config(CONFIG | {"tie_word_embeddings": tied})
     oracle = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, spec.num_layers)
-    names = gguf_tensor_names(spec)
+    names = FAMILY.gguf_tensor_names(spec)
     assert list(names) == list(spec.tensor_shapes())
     for hf_name, gguf_name in names.items():
         assert gguf_name == oracle.get_name(hf_name.removesuffix(".weight")) + ".weight"
@@ -242,7 +242,7 @@ def test_tensor_names_are_those_of_gguf(tied: bool) -> None:
 def test_real_file(smollm2_metadata: dict[str, Any], smollm2_tensors: dict[str, tuple[int, ...]]) -> None:
     spec = spec_from_gguf(smollm2_metadata, smollm2_tensors.keys())
     shapes = spec.tensor_shapes()
-    names = gguf_tensor_names(spec)
+    names = FAMILY.gguf_tensor_names(spec)
     assert {gguf_name: shapes[hf_name] for hf_name, gguf_name in names.items()} == smollm2_tensors
     assert spec.num_parameters() == 134_515_008
     assert (spec.rope, spec.norm_eps) == (RopeSpec(theta=100000.0), 1e-5)
@@ -256,7 +256,7 @@ def test_gguf_metadata_round_trip(rope_type: str) -> None:
     parameters = {"rope_type": rope_type, "rope_theta": 5e5} | scaling
     config = CONFIG | {"rope_parameters": parameters, "head_dim": 32, "eos_token_id": [2, 5], "pad_token_id": 9}
     spec = spec_from_config(config)
-    factors = gguf_rope_freqs(spec)
+    factors = FAMILY.gguf_rope_freqs(spec)
     extra = set() if factors is None else {"rope_freqs.weight"}
     back = spec_from_gguf(gguf_metadata_from_spec(spec), gguf_names(spec) | extra, rope_freqs=factors)
     if rope_type == "llama3":

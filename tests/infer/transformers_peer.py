@@ -8,26 +8,32 @@ import transformers
 class _ExactRotary(torch.nn.Module):
     """cos and sin in float64; transformers computes them in float32 whatever the dtype of the model."""
 
-    def __init__(self, inv_freq):
+    def __init__(self, tables):
         super().__init__()
-        self.inv_freq = torch.as_tensor(inv_freq, dtype=torch.float64)
+        self.tables = [torch.as_tensor(inv_freq, dtype=torch.float64) for inv_freq in tables]
 
-    def forward(self, x, position_ids):
-        angle = position_ids[..., None].double() * self.inv_freq
+    def forward(self, x, position_ids, layer_type="full_attention"):
+        table = self.tables[-1 if layer_type == "sliding_attention" else 0]
+        angle = position_ids[..., None].double() * table
         angle = torch.cat([angle, angle], -1)
         return angle.cos(), angle.sin()
 
 
 def to_exact(model, spec):
     """Turns `model` into float64, in place. Its norms and its rotary table, which stay in float32, are replaced."""
-    np.testing.assert_allclose(model.model.rotary_emb.inv_freq.numpy(), spec.inv_freq(), rtol=5e-7)
+    rotary = model.model.rotary_emb
+    names = ["inv_freq"] if hasattr(rotary, "inv_freq") else ["full_attention_inv_freq", "sliding_attention_inv_freq"]
+    for name, inv_freq in zip(names, spec.rope_tables(), strict=True):
+        np.testing.assert_allclose(getattr(rotary, name).numpy(), inv_freq, rtol=5e-7)
     model = model.double()
-    model.model.rotary_emb = _ExactRotary(spec.inv_freq())
+    model.model.rotary_emb = _ExactRotary(spec.rope_tables())
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
-                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
-                norm.weight = child.weight
+                # Gemma has an `eps`, and adds 1 to the weight.
+                eps = getattr(child, "variance_epsilon", None) or child.eps
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=eps, dtype=torch.float64)
+                norm.weight = torch.nn.Parameter(child.weight.detach() + 1.0) if hasattr(child, "eps") else child.weight
                 setattr(module, name, norm)
     # The eager softmax rounds to float32 too; this one does not.
     model.set_attn_implementation("sdpa")

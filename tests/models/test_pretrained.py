@@ -7,7 +7,6 @@ torch = pytest.importorskip("torch")
 
 from pyengine.errors import ModelFileError  # noqa: E402
 from pyengine.families import family_of, gguf_metadata_from_spec  # noqa: E402
-from pyengine.families.llama import gguf_rope_freqs  # noqa: E402
 from pyengine.formats import open_gguf, write_gguf  # noqa: E402
 from pyengine.models import CausalLM, from_pretrained, save_pretrained  # noqa: E402
 from pyengine.spec import Llama3Scaling, ModelSpec, RopeSpec  # noqa: E402
@@ -90,7 +89,7 @@ def write_tiny_gguf(path, model):
     for name, value in model.state_dict().items():
         array, order = value.numpy(), family.gguf_row_order(model.spec, name)
         tensors[names[name]] = array if order is None else array[np.argsort(order)]
-    if (freqs := gguf_rope_freqs(model.spec)) is not None:
+    if (freqs := family.gguf_rope_freqs(model.spec)) is not None:
         tensors["rope_freqs.weight"] = freqs
     write_gguf(path, gguf_metadata_from_spec(model.spec), tensors)
 

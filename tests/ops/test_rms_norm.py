@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from pyengine import _C
 from pyengine.ops import rms_norm, rms_norm_residual
 from pyengine.reference.rms_norm import rms_norm as reference
 from pyengine.reference.rms_norm import rms_norm_residual as reference_residual
@@ -147,3 +148,12 @@ def test_error_names_the_op_the_argument_and_both_shapes(device):
         rms_norm(x.to(torch.int32), torch.ones(16, device=device, dtype=torch.int32))
     with pytest.raises(RuntimeError, match=r"\[rms_norm\] residual: expected shape \(4, 16\).* got \(4, 15\)"):
         rms_norm_residual(x, torch.randn(4, 15, device=device), torch.randn(16, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_cols", [1, 15, 16, 17, 257])
+def test_y_may_be_x(isa, num_cols, dtype):
+    x, weight = torch.randn(3, num_cols).to(dtype), torch.randn(num_cols).to(dtype)
+    expected = rms_norm(x, weight)
+    _C.rms_norm_fwd_cpu(x, None, weight, None, x, None, 1e-6, 0.0)
+    assert_same_bits(x, expected)

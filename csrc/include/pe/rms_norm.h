@@ -11,7 +11,8 @@
 // Numerics   f32 | bf16 in and out; sums and products in f32; one rounding, at the store. h is rounded to its dtype
 // before
 //            it is normalised, so that y depends only on the h that is stored
-// Writes     outputs are overwritten (=), never accumulated (+=); y may not overlap an input; h may be x or residual
+// Writes     outputs are overwritten (=), never accumulated (+=); y may not overlap an input, except that without a
+//            residual it may be x (one pointer, equal strides); h may be x or residual
 // Order      same bits for any number of threads and rows on one ISA level: a row is one tree, grad_weight is summed
 // over
 //            blocks of kRmsNormRowBlock rows in ascending order
