@@ -373,8 +373,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                           .k_head_stride = c.head_dim,
                           .v_row_stride = qkv,
                           .v_head_stride = c.head_dim,
-                          .k_page_stride = cache_.page_elements(),
-                          .v_page_stride = cache_.page_elements(),
+                          .k_page_stride = cache_.page_stride(),
+                          .v_page_stride = cache_.page_stride(),
                           .block_table_stride = block_table_stride_,
                           .dtype = act,
                           .cache_dtype = cache_.dtype()};
@@ -400,8 +400,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                                     .q_head_stride = c.head_dim,
                                     .y_row_stride = c.q_size(),
                                     .y_head_stride = c.head_dim,
-                                    .k_page_stride = cache_.page_elements(),
-                                    .v_page_stride = cache_.page_elements(),
+                                    .k_page_stride = cache_.page_stride(),
+                                    .v_page_stride = cache_.page_stride(),
                                     .block_table_stride = block_table_stride_,
                                     .sliding_window = c.sliding_window,
                                     // In double, then rounded once, as the training side passes it.

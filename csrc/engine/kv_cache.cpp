@@ -3,25 +3,31 @@
 #include <string>
 #include <utility>
 
+#include "runtime/checked.h"
 #include "runtime/error.h"
 
 namespace pe {
 namespace {
 
-size_t layer_bytes(const KvCacheConfig& c) {
-  const int64_t element_bytes = c.dtype == DType::f32 ? 4 : 2;
-  return static_cast<size_t>(c.num_pages * c.num_kv_heads * c.page_size * c.head_dim * element_bytes);
+// A multiple of a cache line: page_size is one of 16, and head_dim even.
+Checked block_bytes(const KvCacheConfig& c) {
+  return Checked(c.num_kv_heads) * c.page_size * c.head_dim * (c.dtype == DType::f32 ? 4 : 2);
+}
+
+size_t total_bytes(const KvCacheConfig& c) {
+  return (block_bytes(c) * 2 * c.num_layers * c.num_pages).get_or<size_t>([&] {
+    throw CapacityError("key/value cache: " + std::to_string(c.num_pages) + " pages of " + std::to_string(c.page_size) +
+                        " tokens need more than 2^64 bytes");
+  });
 }
 
 }  // namespace
 
 KvCache::KvCache(const KvCacheConfig& config)
     : config_(config),
-      arena_(2 * static_cast<size_t>(config.num_layers) * Arena::rounded(layer_bytes(config)), "key/value cache") {
-  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
-    k_.push_back(arena_.allocate(layer_bytes(config)));
-    v_.push_back(arena_.allocate(layer_bytes(config)));
-  }
+      arena_(total_bytes(config), "key/value cache"),
+      block_bytes_(arena_.capacity() / static_cast<size_t>(2 * config.num_layers * config.num_pages)),
+      base_(arena_.allocate(arena_.capacity())) {
   // The lowest page is taken first, so a short run touches little memory.
   for (int64_t page = config.num_pages; page-- > 0;) free_pages_.push_back(static_cast<int32_t>(page));
 }

@@ -1,7 +1,8 @@
 // Paged key/value memory of all sequences of one decoder.
 //
-// A page holds `page_size` tokens of one sequence for every layer. Pages are claimed when a sequence grows and returned
-// when it is freed or cut. The layout inside a page belongs to attention_decode (pe/attention_decode.h).
+// A page holds `page_size` tokens of one sequence for every layer, so the memory touched follows the tokens held:
+// [page][layer][k | v] blocks, whose layout belongs to attention_decode (pe/attention_decode.h). Pages are claimed when a
+// sequence grows and returned when it is freed or cut.
 #pragma once
 #include <cstdint>
 #include <utility>
@@ -40,10 +41,12 @@ class KvCache {
   DType dtype() const { return config_.dtype; }
   size_t num_bytes() const { return arena_.capacity(); }
 
-  // First page of K (V) of a layer; page p starts page_elements() * p elements further.
-  void* k_pages(int64_t layer) const { return k_[static_cast<size_t>(layer)]; }
-  void* v_pages(int64_t layer) const { return v_[static_cast<size_t>(layer)]; }
-  int64_t page_elements() const { return config_.num_kv_heads * config_.page_size * config_.head_dim; }
+  // First K (V) block of a layer; that of page p starts p * page_stride() elements further.
+  void* k_pages(int64_t layer) const { return base_ + static_cast<size_t>(2 * layer) * block_bytes_; }
+  void* v_pages(int64_t layer) const { return base_ + static_cast<size_t>(2 * layer + 1) * block_bytes_; }
+  int64_t page_stride() const {
+    return 2 * config_.num_layers * config_.num_kv_heads * config_.page_size * config_.head_dim;
+  }
   const std::vector<int32_t>& pages(int32_t seq) const { return sequence(seq).pages; }
 
  private:
@@ -57,7 +60,8 @@ class KvCache {
 
   KvCacheConfig config_;
   Arena arena_;
-  std::vector<void*> k_, v_;
+  size_t block_bytes_;  // K or V of one layer of one page
+  uint8_t* base_;
   std::vector<int32_t> free_pages_;
   std::vector<Sequence> sequences_;
   std::vector<int32_t> free_sequences_;
