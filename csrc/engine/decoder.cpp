@@ -14,6 +14,7 @@
 #include "pe/rope.h"
 #include "pe/swiglu.h"
 #include "runtime/bf16.h"
+#include "runtime/cpu_features.h"
 #include "runtime/error.h"
 
 namespace pe {
@@ -115,6 +116,11 @@ Decoder::Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache,
   logits_ = reinterpret_cast<float*>(arena_.allocate(static_cast<size_t>(kHeadRows * c.vocab_size * 4)));
 }
 
+int32_t Decoder::add_sequence(std::optional<std::string> salt) {
+  if (salt) salt = std::string(isa_name(active_isa())) + ':' + *salt;
+  return cache_.add_sequence(std::move(salt));
+}
+
 void Decoder::check(const Step& step) {
   const auto range = [](const char* name, int64_t i, int64_t got, int64_t end) {
     if (got < 0 || got >= end)
@@ -143,8 +149,6 @@ void Decoder::check(const Step& step) {
 // Numbers the sequences of this step from 0, finds each token's position, and lists the pages of each sequence.
 void Decoder::place(const Step& step) {
   std::unordered_map<int32_t, int32_t> batch_index;
-  std::unordered_map<int32_t, int64_t> num_new;
-  for (const int32_t seq : step.seqs) ++num_new[seq];
   std::vector<int32_t> order;
   std::unordered_map<int32_t, int64_t> next;
   positions_.clear();
@@ -152,11 +156,11 @@ void Decoder::place(const Step& step) {
   for (const int32_t seq : step.seqs) {
     if (batch_index.emplace(seq, static_cast<int32_t>(order.size())).second) {
       order.push_back(seq);
-      next[seq] = cache_.length(seq) - num_new[seq];
-      if (next[seq] < 0)
-        throw ArgumentError("seqs: sequence " + std::to_string(seq) + " has " + std::to_string(cache_.length(seq)) +
-                            " tokens claimed, fewer than the " + std::to_string(num_new[seq]) + " of this step");
+      next[seq] = cache_.num_committed(seq);
     }
+    if (next[seq] == cache_.length(seq))
+      throw ArgumentError("seqs: sequence " + std::to_string(seq) + " has " + std::to_string(cache_.length(seq)) +
+                          " tokens claimed, fewer than it would have after this step");
     const int64_t position = next[seq]++;
     if (position >= model_->num_positions())
       throw ArgumentError("seqs: sequence " + std::to_string(seq) + " grows past the " +
@@ -183,6 +187,7 @@ void Decoder::step(const Step& step) {
     Phases::Worker worker(phases, worker_index);
     run(step, worker);
   });
+  for (size_t t = 0; t < step.token_ids.size(); ++t) cache_.commit(step.seqs[t], step.token_ids[t]);
   ++profile_.num_steps;
   profile_.num_tokens += static_cast<int64_t>(step.token_ids.size());
 }

@@ -14,7 +14,7 @@ SOURCES = {
     "checked": [],
     "arena": ["runtime/arena", "runtime/error"],
     "thread_pool": ["runtime/parallel", "runtime/error"],
-    "kv_cache": ["engine/kv_cache", "runtime/arena", "runtime/error"],
+    "kv_cache": ["engine/kv_cache", "engine/prefix_index", "runtime/arena", "runtime/error"],
 }
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS"],
