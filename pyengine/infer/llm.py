@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -14,11 +13,12 @@ import numpy as np
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.infer.explain import Explanation, explain
+from pyengine.infer.fork_lock import fork_lock
 from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
 from pyengine.infer.outputs import Completion, Score, TextPiece
 from pyengine.infer.runner import Runner
 from pyengine.infer.sampling_params import SamplingParams
-from pyengine.infer.scheduler import Scheduler
+from pyengine.infer.scheduler import Scheduler, check_priority, check_salt
 from pyengine.infer.sequence import Sequence
 from pyengine.spec import ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
@@ -39,6 +39,11 @@ class LLM:
         cache_tokens: tokens that the key/value cache holds over all sequences; None takes max_context.
         kv_dtype: "auto", "float32" or "bfloat16" keys and values.
         max_batch_tokens: most tokens of one native step.
+        prefix_cache: start a prompt behind the full pages that the cache still holds of it. Changes no bit of a result,
+            only its time; requests with different `cache_salt` share nothing.
+
+    `priority` of a request: higher goes first, and takes memory from lower. `cache_salt`: who may notice by the time
+    that a prompt takes that another one began alike: give each tenant a salt of its own.
 
     Safe to call from several threads, and streams may be interleaved: what runs at the same time shares native steps.
     """
@@ -55,6 +60,7 @@ class LLM:
         kv_dtype: str = "auto",
         page_size: int = 32,
         max_batch_tokens: int = 512,
+        prefix_cache: bool = True,
     ) -> None:
         if threads is not None:
             _C.set_num_threads(threads)
@@ -69,8 +75,9 @@ class LLM:
         )
         self._loaded: LoadedModel = load_model(model, options)
         self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size)
-        self._scheduler = Scheduler(self._runner)
-        self._lock = threading.Lock()
+        self._prefix_cache = prefix_cache
+        self._scheduler = Scheduler(self._runner, prefix_cache=prefix_cache)
+        self._lock = fork_lock()
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> LLM:
@@ -99,20 +106,27 @@ class LLM:
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None = None
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> list[Completion]:
         """Complete each prompt; prompts run together, and each gets the same bits as alone.
 
         A prompt is text or token ids. `params` is one for all, or one per prompt. Returns completions in order.
         """
-        sequences = self._sequences(_prompt_list(prompts), params)
+        sequences = self._sequences(_prompt_list(prompts), params, priority, cache_salt)
         for _ in self._run(sequences):
             pass
         return [sequence.completion() for sequence in sequences]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextPiece]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+    ) -> Iterator[TextPiece]:
         """Complete one prompt piece by piece. Closing the iterator cancels the request."""
-        return self._run(self._sequences([prompt], params))
+        return self._run(self._sequences([prompt], params, priority, cache_salt))
 
     @overload
     def chat(
@@ -156,7 +170,9 @@ class LLM:
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
-    def score(self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt]) -> list[Score]:
+    def score(
+        self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt], *, cache_salt: str = ""
+    ) -> list[Score]:
         """Log-probability of every token of each completion after its prompt; the same bits as in generation.
 
         Text is encoded in two parts, prompt and completion. An empty prompt starts from the model's first token (bos or
@@ -164,10 +180,11 @@ class LLM:
         """
         if len(prompts) != len(completions):
             raise ArgumentError(f"completions: expected {len(prompts)}, one per prompt, got {len(completions)}")
+        salt = check_salt(cache_salt) if self._prefix_cache else None
         with self._lock:
-            return [self._score(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+            return [self._score(i, p, c, salt) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
 
-    def _score(self, index: int, prompt: Prompt, completion: Prompt) -> Score:
+    def _score(self, index: int, prompt: Prompt, completion: Prompt, salt: str | None) -> Score:
         prompt_ids = self._encode(prompt, f"prompts[{index}]")
         ids = self._encode(completion, f"completions[{index}]", add_special_tokens=False)
         if not prompt_ids:
@@ -182,7 +199,7 @@ class LLM:
         self._check_length(len(prompt_ids) + len(ids), f"prompts[{index}]")
         inputs = np.array((prompt_ids + ids)[:-1], np.int32)
         targets = np.concatenate([np.zeros(len(prompt_ids) - 1, np.int32), np.array(ids, np.int32)])
-        logprobs = self._runner.target_logprobs(inputs, targets, len(prompt_ids) - 1)
+        logprobs = self._runner.target_logprobs(inputs, targets, len(prompt_ids) - 1, salt)
         return Score(ids, logprobs.tolist())
 
     def logits(self, token_ids: SequenceOf[int]) -> np.ndarray:
@@ -194,7 +211,7 @@ class LLM:
 
     def explain(self) -> Explanation:
         """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
-        return explain(self._loaded)
+        return explain(self._loaded, self._scheduler.stats if self._prefix_cache else None)
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
@@ -224,13 +241,22 @@ class LLM:
                     self._scheduler.cancel(sequence)
 
     def _sequences(
-        self, prompts: list[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> list[Sequence]:
+        check_priority(priority)
+        check_salt(cache_salt)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ArgumentError(f"params: expected one, or {len(prompts)}, one per prompt, got {len(params)}")
-        return [self._sequence(i, p, o) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
+        sequences = [self._sequence(i, p, o) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
+        for sequence in sequences:
+            sequence.priority, sequence.cache_salt = priority, cache_salt
+        return sequences
 
     def _sequence(self, index: int, prompt: Prompt, params: SamplingParams) -> Sequence:
         name = f"prompts[{index}]"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from pyengine.errors import PyEngineError
 from pyengine.infer.outputs import Completion, FinishReason, TextPiece, TokenLogprobs
 from pyengine.infer.sampling_params import SamplingParams
 from pyengine.tokenizer import StopStrings, StreamDecoder, Tokenizer
@@ -30,7 +29,13 @@ class Sequence:
     finish_reason: FinishReason | None = None
     inbox: deque[TextPiece] = field(default_factory=deque)
     """Pieces that its caller has not taken yet."""
-    failure: PyEngineError | None = None
+    failure: Exception | None = None
+    priority: int = 0
+    """Higher goes first."""
+    cache_salt: str = ""
+    """Pages are shared with sequences of the same salt only."""
+    order: tuple[int, int] = (0, 0)
+    """Place in the scheduler's queues."""
 
     @classmethod
     def start(
