@@ -11,7 +11,7 @@ _held: list[threading.Lock] = []
 
 
 def fork_lock() -> threading.Lock:
-    """A lock that is free on both sides of a fork. Its holder must not fork."""
+    """A lock that is free on both sides of a fork. Its holder neither forks nor waits for another such lock."""
     lock = threading.Lock()
     _locks.add(lock)
     return lock

@@ -145,16 +145,17 @@ class Scheduler:
             if sequence.slot is None:
                 # One that has just given its pages back would take them again.
                 can_start = can_start and self.stats.num_preemptions == num_preemptions
-                if not can_start or not self._start(sequence, plan):
+                if not can_start or not self._start(sequence):
                     can_start = can_start and sequence.failure is not None
                     continue
             chunk = sequence.pending_token_ids(budget)
-            if self._claim(sequence, len(chunk), plan):
+            if self._claim(sequence, len(chunk)):
                 plan[sequence] = chunk
                 budget -= len(chunk)
+        # Those that gave their pages back after they had been planned are left out.
         return [(sequence, sequence.slot, chunk) for sequence, chunk in plan.items() if sequence.slot is not None]
 
-    def _start(self, sequence: Sequence, plan: dict[Sequence, list[int]]) -> bool:
+    def _start(self, sequence: Sequence) -> bool:
         """Let a waiting sequence run, if all its tokens fit; those of lower priority give their pages back for it."""
         while len(self._running) == MAX_RUNNING or not self._fits(sequence):
             if not self._running:
@@ -162,7 +163,7 @@ class Scheduler:
                 return False
             if self._running[-1].priority >= sequence.priority:
                 return False
-            self._preempt(self._running[-1], plan)
+            self._preempt(self._running[-1])
         self._waiting.remove(sequence)
         insort(self._running, sequence, key=_order)
         self.stats.num_started_tokens += sequence.num_tokens
@@ -189,8 +190,8 @@ class Scheduler:
         sequence.slot, sequence.num_cached = slot, num_hit
         return True
 
-    def _claim(self, sequence: Sequence, num_tokens: int, plan: dict[Sequence, list[int]]) -> bool:
-        """Claim pages, taking them (and its place in the plan) from the last sequence for as long as it needs.
+    def _claim(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Claim pages, taking them from the last sequence for as long as it needs.
 
         False if `sequence` itself was the last.
         """
@@ -200,15 +201,14 @@ class Scheduler:
             if victim is sequence and len(self._running) == 1:
                 self._fail_too_long(sequence)
                 return False
-            self._preempt(victim, plan)
+            self._preempt(victim)
             if victim is sequence:
                 return False
         self._decoder.grow(sequence.slot, num_tokens)
         return True
 
-    def _preempt(self, victim: Sequence, plan: dict[Sequence, list[int]]) -> None:
+    def _preempt(self, victim: Sequence) -> None:
         self._running.remove(victim)
-        plan.pop(victim, None)
         self._release(victim)
         insort(self._waiting, victim, key=_order)
         self.stats.num_preemptions += 1

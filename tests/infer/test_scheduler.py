@@ -2,6 +2,9 @@
 
 import os
 import random
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -195,6 +198,34 @@ def test_a_fork_of_the_process_goes_on_with_the_same_bits(tiny):
     assert got + [t for piece in stream for t in piece.token_ids] == expected
 
 
+def test_a_fork_waits_for_the_step_of_another_thread(tiny):
+    llm = engine(tiny)
+    expected = llm.generate([[1, 2, 3]], GREEDY)
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            llm.generate([[4, 5, 6]], GREEDY)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(5):
+            time.sleep(0.02)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)  # a child that hangs dies of it
+                code = 1
+                try:
+                    code = 0 if llm.generate([[1, 2, 3]], GREEDY) == expected else 2
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
 def kinds_of_requests():
     """Prompts that share beginnings, with options; the same few kinds again and again."""
     rng = np.random.default_rng(3)
@@ -231,7 +262,7 @@ def test_random_events(tiny, prefix_cache, monkeypatch):
             scheduler.cancel(live.pop(rng.randrange(len(live)))[1])
             num_cancelled += 1
         elif event < 0.27 and scheduler._running:
-            scheduler._preempt(rng.choice(scheduler._running), {})
+            scheduler._preempt(rng.choice(scheduler._running))
         else:
             scheduler.step()
         held = [s for _, s in live if s.slot is not None]

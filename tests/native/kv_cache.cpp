@@ -181,9 +181,12 @@ void test_a_listed_page_is_not_written_after_truncate() {
   append(cache, seq, count_from(0, 32));
   cache.truncate(seq, 20);
   CHECK(cache.pages_needed(seq, 1) == 1);
-  append(cache, seq, {99});
+  append(cache, seq, count_from(90, 12));
   CHECK(cache.stats().num_copied_pages == 1);
   CHECK(hit(cache, "", count_from(0, 32)) == 32);
+  Tokens other = count_from(0, 20);
+  for (const int32_t token : count_from(90, 12)) other.push_back(token);
+  CHECK(hit(cache, "", other) == 32);
 }
 
 void test_arguments() {
