@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from shapes import HIDDEN, INTERMEDIATE
 
-from bench.shapes import HIDDEN, INTERMEDIATE
 from pyengine.ops.adamw import adamw_, sum_of_squares
 
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -37,8 +37,8 @@ def torch_step(param, grad, exp_avg, exp_avg_sq, step):
 PROVIDERS = {"pyengine": pyengine_step, "torch": torch_step}
 
 
-@pytest.mark.parametrize("model", HIDDEN)
 @pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("model", HIDDEN)
 def bench_adamw(benchmark, provider, model):
     benchmark.group = f"adamw {model} f32"
     tensors, expected = _tensors(model), _tensors(model)
@@ -50,8 +50,8 @@ def bench_adamw(benchmark, provider, model):
     benchmark.extra_info |= {"num_bytes": 7 * tensors[0].numel() * 4}
 
 
-@pytest.mark.parametrize("model", HIDDEN)
 @pytest.mark.parametrize("provider", ["pyengine", "torch"])
+@pytest.mark.parametrize("model", HIDDEN)
 def bench_sum_of_squares(benchmark, provider, model):
     benchmark.group = f"sum_of_squares {model} f32"
     grad = _tensors(model)[1]

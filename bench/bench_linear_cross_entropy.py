@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from shapes import HIDDEN, VOCAB
 
-from bench.shapes import HIDDEN, VOCAB
 from pyengine.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -24,10 +24,10 @@ def _inputs(model, dtype):
     return x, w, torch.randint(vocab_size, (NUM_TOKENS,))
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("direction", ["fwd", "fwd_bwd"])
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("provider", PROVIDERS)
 def bench_linear_cross_entropy(benchmark, provider, model, direction, dtype):
     benchmark.group = f"linear_cross_entropy {direction} {model} {NUM_TOKENS} {dtype}"
     x, w, targets = _inputs(model, dtype)

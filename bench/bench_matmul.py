@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from shapes import HEADS, HIDDEN, INTERMEDIATE, NUM_TOKENS
 
-from bench.shapes import HEADS, HIDDEN, INTERMEDIATE, NUM_TOKENS
 from pyengine import _C
 from pyengine.ops.matmul import matmul
 
@@ -43,10 +43,10 @@ PROVIDERS = {
 }
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize(("model", "layer"), LAYERS)
-@pytest.mark.parametrize("provider", PROVIDERS)
 def bench_matmul_fwd(benchmark, provider, model, layer, num_tokens, dtype):
     benchmark.group = f"matmul fwd {model} {layer} {num_tokens} {dtype}"
     num_cols, depth = _layers(model)[layer]

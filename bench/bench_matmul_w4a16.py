@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from shapes import HIDDEN, INTERMEDIATE, NUM_TOKENS
 
-from bench.shapes import HIDDEN, INTERMEDIATE, NUM_TOKENS
 from pyengine.ops.matmul_w4a16 import matmul_w4a16, pack_blocks
 from pyengine.reference.block_weights import dequantize
 from pyengine.testing.blocks import random_blocks
@@ -31,10 +31,10 @@ def providers(block_format, num_rows):
     }
 
 
+@pytest.mark.parametrize("provider", providers("q4_0", 0))
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block_format", ["q4_0", "q4_1", "q8_0"])
-@pytest.mark.parametrize("provider", providers("q4_0", 0))
 def bench_matmul_w4a16(benchmark, provider, block_format, shape, num_tokens):
     benchmark.group = f"matmul_w4a16 {block_format} {shape} {num_tokens}"
     num_rows, num_cols = shape

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from shapes import HIDDEN, NUM_TOKENS
 
-from bench.shapes import HIDDEN, NUM_TOKENS
 from pyengine.ops.quantize_int8 import quantize_int8
 
 
@@ -15,10 +15,10 @@ def torch_quantize(x):
 PROVIDERS = {"pyengine": quantize_int8, "torch": torch_quantize}
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("model", HIDDEN)
-@pytest.mark.parametrize("provider", PROVIDERS)
 def bench_quantize_int8(benchmark, provider, model, num_tokens, dtype):
     benchmark.group = f"quantize_int8 {model} {num_tokens} {dtype}"
     x = torch.randn(NUM_TOKENS[num_tokens], HIDDEN[model]).to(dtype)

@@ -12,10 +12,10 @@ PROVIDERS = {
 }
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("model", HIDDEN)
-@pytest.mark.parametrize("provider", PROVIDERS)
 def bench_rms_norm_fwd(benchmark, provider, model, num_tokens, dtype):
     benchmark.group = f"rms_norm fwd {model} {num_tokens} {dtype}"
     x = torch.randn(NUM_TOKENS[num_tokens], HIDDEN[model]).to(dtype)

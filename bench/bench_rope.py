@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from shapes import HEADS, NUM_TOKENS
 
-from bench.shapes import HEADS, NUM_TOKENS
 from pyengine.ops.rope import rope, rope_table
 
 
@@ -17,10 +17,10 @@ def torch_rope(x, cos, sin, positions):
 PROVIDERS = {"pyengine": rope, "torch": torch_rope}
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("model", HEADS)
-@pytest.mark.parametrize("provider", PROVIDERS)
 def bench_rope_fwd(benchmark, provider, model, num_tokens, dtype):
     benchmark.group = f"rope fwd {model} {num_tokens} {dtype}"
     num_heads, _, head_dim = HEADS[model]

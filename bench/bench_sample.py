@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from shapes import VOCAB
 
-from bench.shapes import VOCAB
 from pyengine.ops.sample import sample
 
 SETTINGS = {
@@ -19,9 +19,7 @@ def pyengine_sample(logits, settings):
     return sample(logits, seed=0, sequence=0, position=0, **settings).token_ids
 
 
-def torch_sample(logits, settings):
-    if settings["temperature"] == 0:
-        return logits.argmax(-1)
+def torch_probs(logits, settings):
     logits = logits / settings["temperature"]
     if "top_k" in settings:
         kth = torch.topk(logits, settings["top_k"]).values[:, -1:]
@@ -34,17 +32,28 @@ def torch_sample(logits, settings):
     probs = torch.softmax(logits, -1)
     if "min_p" in settings:
         probs = torch.where(probs < settings["min_p"] * probs.max(-1, keepdim=True).values, 0, probs)
-    return torch.multinomial(probs, 1)
+    return probs
+
+
+def torch_sample(logits, settings):
+    if settings["temperature"] == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(torch_probs(logits, settings), 1)
 
 
 PROVIDERS = {"pyengine": pyengine_sample, "torch": torch_sample}
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("model", VOCAB)
-@pytest.mark.parametrize("provider", PROVIDERS)
 def bench_sample(benchmark, provider, model, settings):
     benchmark.group = f"sample {model} {settings}"
-    torch.manual_seed(0)
     logits = 3 * torch.randn(1, VOCAB[model])
+    # A wrong kernel has no speed.
+    token = PROVIDERS[provider](logits, SETTINGS[settings]).item()
+    if settings == "greedy":
+        assert token == logits.argmax()
+    else:
+        assert torch_probs(logits, SETTINGS[settings])[0, token] > 0
     benchmark(PROVIDERS[provider], logits, SETTINGS[settings])

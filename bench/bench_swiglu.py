@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from shapes import INTERMEDIATE, NUM_TOKENS
 
-from bench.shapes import INTERMEDIATE, NUM_TOKENS
 from pyengine.ops.swiglu import swiglu_gate_up
 
 
@@ -22,10 +22,10 @@ def _case(provider, model, num_tokens, dtype):
     return gate_up
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("model", INTERMEDIATE)
-@pytest.mark.parametrize("provider", PROVIDERS)
 def bench_swiglu_fwd(benchmark, provider, model, num_tokens, dtype):
     benchmark.group = f"swiglu fwd {model} {num_tokens} {dtype}"
     gate_up = _case(provider, model, num_tokens, dtype)
@@ -33,9 +33,9 @@ def bench_swiglu_fwd(benchmark, provider, model, num_tokens, dtype):
     benchmark.extra_info |= {"num_bytes": gate_up.numel() // 2 * 3 * gate_up.element_size(), "dtype": str(dtype)}
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", INTERMEDIATE)
-@pytest.mark.parametrize("provider", PROVIDERS)
 def bench_swiglu_bwd(benchmark, provider, model, dtype):
     benchmark.group = f"swiglu bwd {model} prefill-512 {dtype}"
     gate_up = _case(provider, model, "prefill-512", dtype).requires_grad_()

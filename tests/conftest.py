@@ -1,4 +1,9 @@
 import importlib.util
+import os
+
+# Before torch is imported, here or in a child: its threads spin between operations, and take the cores from the native
+# pool and from other workers. A test of what torch does on several threads asks for them.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

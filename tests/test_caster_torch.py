@@ -188,9 +188,9 @@ def test_tensors_of_functorch_gradients_are_never_read_as_other_memory():
     torch.func.grad(look)(x)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_memory_on_another_device_is_refused_by_ops():
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     x = torch.ones(2, 3, device="cuda")
     with pytest.raises(ArgumentError, match="expected a tensor on the CPU, got one on cuda:0"):
         _C.rms_norm_fwd_cpu(x, None, x[0], None, x.clone(), None, 1e-6, 0.0)

@@ -28,8 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "quant": {"infer", "data"} | CORE,
     "report": {"ledger"},
     "train": TORCH - {"train"} | {"data", "evals"},
+    "calibrate": {"nn", "models", "data", "tokenizer", "formats"},
     "recipes": TORCH | {"data", "evals", "quant", "infer"},
-    "demo": TORCH | {"data", "evals", "quant", "infer", "report", "recipes"},
+    "demo": TORCH | {"data", "evals", "quant", "infer", "report", "calibrate", "recipes"},
     "testing": {"_C", "reference", "ops", "spec", "families", "tokenizer", "formats"},
 }
 NO_TORCH = {

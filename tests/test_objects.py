@@ -16,7 +16,7 @@ OBJECTS = sorted(
 )
 
 
-@pytest.mark.skipif(not OBJECTS, reason="no build folder beside the tests (installed wheel only)")
+@pytest.mark.skipif(not OBJECTS, reason="no objects of a build below build/")
 def test_isa_objects_are_clean():
     found = [
         problem

@@ -52,7 +52,17 @@ def test_workers_of_a_data_loader(tmp_path, method):
     assert result.returncode == 0, result.stderr
 
 
-def test_ops_inside_parallel_torch():
+@pytest.fixture
+def two_torch_threads():
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_ops_inside_parallel_torch(two_torch_threads):
     import torch
 
     from pyengine.ops.rms_norm import rms_norm

@@ -2,6 +2,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "bindings/block_weights.h"
 #include "bindings/gil.h"
@@ -39,13 +40,14 @@ void pack(const std::string& format_name, const Tensor& raw, const std::optional
         kCheck.fail("row_order", "rows of raw, 0 to " + std::to_string(num_raw_rows - 1),
                     std::to_string(row) + " at index " + std::to_string(i));
   }
+  std::vector<const uint8_t*> rows(static_cast<size_t>(num_rows));
+  for (int64_t i = 0; i < num_rows; ++i)
+    rows[static_cast<size_t>(i)] = raw.ptr<uint8_t>() + (row_order ? row_order->ptr<int32_t>()[i] : i) * raw.strides[0];
   kCheck.dtype(packed, "packed", {DType::u8});
   kCheck.shape(packed, "packed", {checked_packed_bytes(kCheck, format, num_rows, num_cols)});
   kCheck.writable(kCheck.contiguous(packed, "packed"), "packed");
   const GilRelease release;
-  block_weights_pack({.raw = raw.ptr<uint8_t>(),
-                      .raw_row_bytes = raw.strides[0],
-                      .row_order = row_order ? row_order->ptr<int32_t>() : nullptr,
+  block_weights_pack({.rows = rows.data(),
                       .packed = packed.ptr<uint8_t>(),
                       .num_rows = num_rows,
                       .num_cols = num_cols,

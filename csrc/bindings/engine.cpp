@@ -63,14 +63,33 @@ void set_vector(Model& model, const std::string& slot, const Tensor& values) {
   model.set_vector(slot, values.data);
 }
 
-void add_matrix(Model& model, const std::string& slot, const std::string& format_name, const Tensor& rows,
-                int64_t num_rows, int64_t num_cols) {
+// Stacks the rows of `parts`, each in its order.
+void add_matrix(Model& model, const std::string& slot, const std::string& format_name, const std::vector<Tensor>& parts,
+                const std::vector<std::optional<Tensor>>& row_orders, int64_t num_cols) {
   const WeightFormat format = parse_weight_format(format_name);
-  (void)packed_weight_bytes(format, num_rows, num_cols);
-  kCheck.dtype(rows, "rows", {DType::u8});
-  kCheck.contiguous(kCheck.shape(rows, "rows", {num_rows, weight_row_bytes(format, num_cols)}), "rows");
+  if (row_orders.size() != parts.size())
+    kCheck.fail("row_orders", std::to_string(parts.size()) + ", one per part", std::to_string(row_orders.size()));
+  (void)packed_weight_bytes(format, 1, num_cols);
+  std::vector<const uint8_t*> rows;
+  for (size_t p = 0; p < parts.size(); ++p) {
+    const Tensor& part = kCheck.dtype(parts[p], "parts", {DType::u8});
+    kCheck.unit_stride(kCheck.shape(part, "parts", {-1, weight_row_bytes(format, num_cols)}), "parts");
+    const std::optional<Tensor>& order = row_orders[p];
+    if (order) {
+      kCheck.dtype(*order, "row_orders", {DType::i32});
+      kCheck.contiguous(kCheck.shape(*order, "row_orders", {-1}), "row_orders");
+    }
+    const int64_t num_rows = order ? order->shape[0] : part.shape[0];
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const int64_t row = order ? order->ptr<int32_t>()[i] : i;
+      if (row < 0 || row >= part.shape[0])
+        kCheck.fail("row_orders", "rows of the part, 0 to " + std::to_string(part.shape[0] - 1), std::to_string(row));
+      rows.push_back(part.ptr<uint8_t>() + row * part.strides[0]);
+    }
+  }
+  (void)packed_weight_bytes(format, static_cast<int64_t>(rows.size()), num_cols);
   const GilRelease release;
-  model.add_matrix(slot, format, rows.data, num_rows, num_cols);
+  model.add_matrix(slot, format, rows, num_cols);
 }
 
 void set_rope(Model& model, const Tensor& cos, const Tensor& sin) {
@@ -159,7 +178,7 @@ void bind_engine(py::module_& m) {
            py::arg("head_dim"), py::arg("sliding_window"), py::arg("norm_eps"), py::arg("tie_word_embeddings"),
            py::arg("act_dtype"), py::arg("int8_activations"), py::arg("capacity_bytes"))
       .def("set_vector", set_vector, py::arg("slot"), py::arg("values"))
-      .def("add_matrix", add_matrix, py::arg("slot"), py::arg("format"), py::arg("rows"), py::arg("num_rows"),
+      .def("add_matrix", add_matrix, py::arg("slot"), py::arg("format"), py::arg("parts"), py::arg("row_orders"),
            py::arg("num_cols"))
       .def("set_rope", set_rope, py::arg("cos"), py::arg("sin"))
       .def("check", &Model::check)

@@ -22,8 +22,7 @@ void pack_panel(const BlockWeightsPack& a, int64_t panel) {
   uint8_t* packed = a.packed + panel * panel_bytes(a.format, a.num_cols);
   if (num_rows < kPanelRows) std::memset(packed, 0, static_cast<size_t>(panel_bytes(a.format, a.num_cols)));
   for (int64_t c = 0; c < num_rows; ++c) {
-    const int64_t row = a.row_order ? a.row_order[row_begin + c] : row_begin + c;
-    const uint8_t* block = a.raw + row * a.raw_row_bytes;
+    const uint8_t* block = a.rows[row_begin + c];
     uint8_t* group = packed;
     for (int64_t g = 0; g < num_groups; ++g, block += block_bytes, group += packed_group_bytes(a.format)) {
       for (int64_t j = 0; j < code_bytes / kWord; ++j) {

@@ -17,6 +17,12 @@ int64_t act_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
   throw ArgumentError("slot: expected the name of a weight of this model, got '" + slot + "'");
 }
 
+bool is_one_block(std::span<const uint8_t* const> rows, size_t row_bytes) {
+  for (size_t i = 1; i < rows.size(); ++i)
+    if (rows[i] != rows[i - 1] + row_bytes) return false;
+  return true;
+}
+
 // Splits "layers.<i>.<part>"; returns the part, or "" where `slot` has another form or i is out of range.
 std::string layer_part(const std::string& slot, int64_t num_layers, size_t* layer) {
   if (slot.rfind("layers.", 0) != 0) return "";
@@ -103,21 +109,28 @@ void Model::set_vector(const std::string& slot, const void* values) {
   *target = copy;
 }
 
-void Model::add_matrix(const std::string& slot, WeightFormat format, const void* rows, int64_t num_rows,
+void Model::add_matrix(const std::string& slot, WeightFormat format, std::span<const uint8_t* const> rows,
                        int64_t num_cols) {
   Linear* parts = matrix_slot(slot);
+  const auto num_rows = static_cast<int64_t>(rows.size());
   uint8_t* packed = arena_.allocate(static_cast<size_t>(packed_weight_bytes(format, num_rows, num_cols)));
   if (is_block_format(format)) {
-    block_weights_pack({.raw = static_cast<const uint8_t*>(rows),
-                        .raw_row_bytes = weight_row_bytes(format, num_cols),
-                        .row_order = nullptr,
+    block_weights_pack({.rows = rows.data(),
                         .packed = packed,
                         .num_rows = num_rows,
                         .num_cols = num_cols,
                         .format = block_format(format)});
   } else {
     const DType dtype = dense_dtype(format);
-    matmul_pack_cpu({.w = rows,
+    const auto row_bytes = static_cast<size_t>(weight_row_bytes(format, num_cols));
+    std::vector<uint8_t> stacked;
+    const uint8_t* w = num_rows > 0 ? rows[0] : nullptr;
+    if (!is_one_block(rows, row_bytes)) {
+      stacked.resize(rows.size() * row_bytes);
+      for (size_t i = 0; i < rows.size(); ++i) std::memcpy(stacked.data() + i * row_bytes, rows[i], row_bytes);
+      w = stacked.data();
+    }
+    matmul_pack_cpu({.w = w,
                      .w_row_stride = num_cols,
                      .w_col_stride = 1,
                      .num_rows = num_rows,

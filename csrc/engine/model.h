@@ -1,6 +1,7 @@
 // Weights of one decoder in the form that the kernels read, in order of execution, in one arena.
 #pragma once
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -59,8 +60,8 @@ class Model {
   // slot: "norm", "layers.<i>.input_norm", "layers.<i>.post_norm"; `values` [hidden_size] of act_dtype, copied.
   void set_vector(const std::string& slot, const void* values);
   // slot: "embed", "head", "layers.<i>.qkv" | "o" | "gate_up" | "down". Several calls stack parts in order.
-  // `rows`: contiguous, [num_rows] rows of the format (f32, bf16 or GGUF blocks).
-  void add_matrix(const std::string& slot, WeightFormat format, const void* rows, int64_t num_rows, int64_t num_cols);
+  // `rows`: of the format (f32, bf16 or GGUF blocks), wherever each lies; copied.
+  void add_matrix(const std::string& slot, WeightFormat format, std::span<const uint8_t* const> rows, int64_t num_cols);
   // Rotation tables f32 [num_positions, head_dim / 2], copied.
   void set_rope(const float* cos, const float* sin, int64_t num_positions);
   // Throws ArgumentError that names the first slot that is missing or has a wrong shape.

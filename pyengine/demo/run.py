@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pyengine import _C, __version__
+from pyengine.calibrate import read_sequences, round_to_calibration
 from pyengine.data.baseline import unigram_bits_per_byte
 from pyengine.data.bpe import encode_documents, measure_tokenizer, save_tokenizer, train_bpe
 from pyengine.data.corpus import Corpus, build_corpus, signature_docstring_pairs
@@ -26,6 +27,7 @@ from pyengine.demo.measure import bits_per_byte, compare_models
 from pyengine.demo.smollm2 import find_smollm2
 from pyengine.infer import LLM, SamplingParams
 from pyengine.ledger import Ledger, content_id
+from pyengine.models import CausalLM
 from pyengine.quant import quantize_to_gguf
 from pyengine.recipes import pretrain, sft
 from pyengine.report import facts, write_report
@@ -39,6 +41,7 @@ VOCAB_SIZE = 4096
 SEQ_LEN = 256
 SFT_SEQ_LEN = 256
 CALIBRATION_STEPS = 4
+CALIBRATION_TOKENS = 4096
 MIN_STEPS = 10
 
 QUESTION = "What is the capital of France?"
@@ -404,12 +407,24 @@ class _Demo:
             )
             for pair in pairs[:8]
         ]
-        llm, model_id = self._quantize("fine-tuned", self.tuned.model_folder, masked)
+        calibration = read_sequences(
+            self.out / "data" / "pairs_train.jsonl", llm.tokenizer, llm.chat_template, CALIBRATION_TOKENS
+        )
+        llm, model_id = self._quantize("fine-tuned", self.tuned.model_folder, masked, calibration)
         self._answer(llm, "fine-tuned, int4", model_id, pairs[0].messages[0].content)
         self._answer(llm, "fine-tuned, int4", model_id, QUESTION)
 
-    def _quantize(self, name: str, folder: Path, sequences: list[tuple[list[int], list[int]]]) -> tuple[LLM, str]:
-        result = quantize_to_gguf(folder, self.out / f"{name}-q4_1.gguf", weights="q4_1")
+    def _quantize(
+        self,
+        name: str,
+        folder: Path,
+        sequences: list[tuple[list[int], list[int]]],
+        calibration: list[list[int]] | None = None,
+    ) -> tuple[LLM, str]:
+        rounded = None
+        if calibration is not None:
+            rounded = round_to_calibration(CausalLM.from_pretrained(folder), calibration, "q4_1")
+        result = quantize_to_gguf(folder, self.out / f"{name}-q4_1.gguf", weights="q4_1", rounded=rounded)
         before, after = LLM(folder, max_context=1024), LLM(result.path, max_context=1024)
         figures = compare_models(before, after, sequences)
         self.ledger.record(
@@ -418,6 +433,7 @@ class _Demo:
             outputs={"model": result.content_id},
             facts={
                 "format": "GGUF q4_1",
+                "calibration_tokens": sum(map(len, calibration or [])),
                 "bits_per_weight": result.bits_per_weight,
                 "bytes": result.num_bytes,
                 "perplexity_before": figures.perplexity_before,

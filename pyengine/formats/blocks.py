@@ -6,6 +6,7 @@ The inverse is `pyengine._C.gguf_dequantize`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import numpy.typing as npt
 
 from pyengine.errors import ArgumentError
 
-__all__ = ["BLOCK_ELEMENTS", "quantize_q4_0", "quantize_q4_1", "quantize_q8_0"]
+__all__ = ["BLOCK_BYTES", "BLOCK_ELEMENTS", "BlockGrid", "fit_grid", "quantize_q4_0", "quantize_q4_1", "quantize_q8_0"]
 
 BLOCK_ELEMENTS = 32
+BLOCK_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34}
 _HALF_MAX = 65504.0
 
 _Float32 = npt.NDArray[np.float32]
@@ -223,3 +225,77 @@ def _search_range(
                 half = np.clip(slope, -_HALF_MAX, _HALF_MAX).astype(np.float16)[:, None]
                 low = np.clip(intercept, -_HALF_MAX, _HALF_MAX).astype(np.float16)[:, None]
     return best_scale, best_minimum, best_codes
+
+
+class BlockGrid:
+    """The values that one block of each of N rows can take: d * (q - zero) + m, with d and m as they are stored.
+
+    Args:
+        block_format: "q4_0", "q4_1" or "q8_0".
+        scale, minimum: float16 [N, 1]; minimum is read for q4_1 only.
+    """
+
+    def __init__(
+        self, block_format: str, scale: npt.NDArray[np.float16], minimum: npt.NDArray[np.float16] | None = None
+    ) -> None:
+        self.block_format = block_format
+        self._scale = scale
+        self._minimum = minimum
+        self._inverse = _reciprocal(scale.astype(np.float32))
+        self._low, self._high, self._zero = {"q4_0": (0, 15, 8), "q4_1": (0, 15, 0), "q8_0": (-127, 127, 0)}[
+            block_format
+        ]
+
+    def codes(self, weight: _Float32) -> _Float32:
+        """The nearest codes of [N, n] weights."""
+        shifted = weight if self._minimum is None else weight - self._minimum.astype(np.float32)
+        steps = np.rint(shifted * self._inverse) + np.float32(self._zero)
+        return np.asarray(np.clip(steps, self._low, self._high), np.float32)
+
+    def values(self, codes: _Float32) -> _Float32:
+        """What [N, n] codes stand for, rounded as the kernels and ggml round it."""
+        values = self._scale.astype(np.float32) * (codes - np.float32(self._zero))
+        return values if self._minimum is None else values + self._minimum.astype(np.float32)
+
+    def blocks(self, codes: _Float32) -> _Uint8:
+        """uint8 [N, bytes of a block] of [N, 32] codes."""
+        if self.block_format == "q8_0":
+            return np.concatenate([_half_bytes(self._scale), codes.astype(np.int8).view(np.uint8)], axis=-1)
+        scales = [half for half in (self._scale, self._minimum) if half is not None]
+        return np.concatenate([*map(_half_bytes, scales), _pack_nibbles(codes)], axis=-1)
+
+
+def fit_grid(block: _Float32, block_format: str, importance: npt.NDArray[np.float64]) -> BlockGrid:
+    """The grid of [N, 32] weights, of some tried, with the least squared error weighted by `importance` [32].
+
+    Raises ArgumentError for values that are not finite, or whose scale a half cannot hold.
+    """
+    block = _as_blocks(block)
+    best_error, best = np.full(len(block), np.inf), [np.zeros((len(block), 1), np.float16) for _ in range(2)]
+    for scale, minimum in _candidates(block, block_format):
+        grid = BlockGrid(block_format, scale, minimum)
+        error = (block.astype(np.float64) - grid.values(grid.codes(block))) ** 2 @ importance
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        for kept, tried in zip(best, (scale, minimum), strict=True):
+            if tried is not None:
+                kept[better] = tried[better]
+    return BlockGrid(block_format, best[0], best[1] if block_format == "q4_1" else None)
+
+
+def _candidates(
+    block: _Float32, block_format: str
+) -> Iterator[tuple[npt.NDArray[np.float16], npt.NDArray[np.float16] | None]]:
+    if block_format == "q4_1":
+        minimum = block.min(axis=-1, keepdims=True)
+        span = block.max(axis=-1, keepdims=True) - minimum
+        for cut_low in (0.0, 0.04, 0.08, 0.12):
+            for cut_high in (0.0, 0.04, 0.08, 0.12):
+                share = np.float32((1 - cut_low - cut_high) / 15)
+                yield _as_half(span * share), _as_half(minimum + np.float32(cut_low) * span)
+    elif block_format == "q4_0":
+        scale = _scale_q4_0(block)
+        for factor in np.linspace(0.8, 1.1, 13, dtype=np.float32):
+            yield _as_half(scale * factor), None
+    else:
+        yield _as_half(np.abs(block).max(axis=-1, keepdims=True) / np.float32(127)), None

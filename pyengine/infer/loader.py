@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,10 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         int8_activations=mode == "fast",
         capacity_bytes=_capacity(spec, formats, max_context),
     )
-    _fill(model, source, formats, act_dtype)
+    # Packing runs outside the interpreter, so the tokenizer, which takes longer, is built meanwhile.
+    with ThreadPoolExecutor(1, "tokenizer") as pool:
+        tokenizer = pool.submit(source.tokenizer)
+        _fill(model, source, formats, act_dtype)
     half = spec.head_dim // 2
     cos, sin = np.empty((max_context, half), np.float32), np.empty((max_context, half), np.float32)
     _C.rope_table(spec.inv_freq(), cos, sin)
@@ -131,7 +135,7 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
     return LoadedModel(
         path=os.fspath(path),
         spec=spec,
-        tokenizer=source.tokenizer(),
+        tokenizer=tokenizer.result(),
         chat_template=source.chat_template(),
         model=model,
         decoder=decoder,
@@ -197,9 +201,9 @@ def _fill(model: _C.DecoderModel, source: WeightSource, formats: dict[str, str],
     shapes = source.spec.tensor_shapes()
     for slot, names in _slots(source.spec).items():
         for group in _groups(names, formats):
-            rows = [_rows(source, name, formats[name]) for name in group]
-            stacked = np.ascontiguousarray(rows[0] if len(rows) == 1 else np.concatenate(rows))
-            model.add_matrix(slot, formats[group[0]], stacked, len(stacked), shapes[group[0]][1])
+            parts = [_rows(source, name, formats[name]) for name in group]
+            rows, orders = [part[0] for part in parts], [part[1] for part in parts]
+            model.add_matrix(slot, formats[group[0]], rows, orders, shapes[group[0]][1])
 
 
 def _target_format(source: WeightSource, name: str, wanted: str) -> str:
@@ -218,12 +222,13 @@ def _target_format(source: WeightSource, name: str, wanted: str) -> str:
     return wanted
 
 
-def _rows(source: WeightSource, name: str, target: str) -> npt.NDArray[np.uint8]:
-    """The weight as uint8 [num_rows, row_bytes] in the target format; copied only to convert or to reorder rows."""
+def _rows(source: WeightSource, name: str, target: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:
+    """The weight as uint8 [num_rows, row_bytes] in the target format and its row order; copied only to convert."""
     if source.stored_format(name) == target:
         return source.raw(name)
     dense = source.dense(name)
     if target in _QUANTIZERS:
-        return _QUANTIZERS[target](np.ascontiguousarray(dense, np.float32)).view(np.uint8).reshape(len(dense), -1)
+        blocks = _QUANTIZERS[target](np.ascontiguousarray(dense, np.float32))
+        return blocks.view(np.uint8).reshape(len(dense), -1), None
     dtype = np.dtype(np.float32) if target == "float32" else np.dtype(ml_dtypes.bfloat16)
-    return np.ascontiguousarray(dense.astype(dtype)).view(np.uint8).reshape(len(dense), -1)
+    return np.ascontiguousarray(dense.astype(dtype)).view(np.uint8).reshape(len(dense), -1), None

@@ -33,8 +33,8 @@ class WeightSource(Protocol):
     def stored_format(self, name: str) -> str:
         """ "float32", "float16", "bfloat16", or a lower-case GGUF type such as "q4_1"."""
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """Stored bytes as [num_rows, row_bytes], rows in Hugging Face order."""
+    def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:
+        """Stored bytes as [num_rows, row_bytes], and the index array that puts the rows into Hugging Face order."""
 
     def dense(self, name: str) -> Array:
         """Values as a float array of the weight's shape, rows in Hugging Face order."""
@@ -89,14 +89,14 @@ class GgufSource:
         stored = self._file.info(self._names[name]).type.lower()
         return {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(stored, stored)
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+    def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:
         data = np.frombuffer(self._file.data(self._names[name]), np.uint8)
-        return self._ordered(name, data.reshape(self.spec.tensor_shapes()[name][0], -1))
+        order = self._family.gguf_row_order(self.spec, name)
+        rows = data.reshape(self._file.info(self._names[name]).shape[0], -1)
+        return rows, None if order is None else order.astype(np.int32)
 
     def dense(self, name: str) -> Array:
-        return self._ordered(name, self._file.dequantize(self._names[name]))
-
-    def _ordered(self, name: str, rows: Array) -> Array:
+        rows = self._file.dequantize(self._names[name])
         order = self._family.gguf_row_order(self.spec, name)
         return rows if order is None else rows[order]
 
@@ -152,9 +152,9 @@ class FolderSource:
             raise ModelFileError(self.path, None, name, f"expected one of {', '.join(known)}, got {stored}")
         return known[stored]
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+    def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], None]:
         data = np.frombuffer(self._place[name].data(name), np.uint8)
-        return data.reshape(self.spec.tensor_shapes()[name][0], -1)
+        return data.reshape(self._place[name].info(name).shape[0], -1), None
 
     def dense(self, name: str) -> Array:
         return self._place[name][name].astype(np.float32)

@@ -144,25 +144,33 @@ class CausalLM(nn.Module):
         Raises:
             ArgumentError: shapes or values that do not fit.
         """
-        self._check_ids("input_ids", input_ids, allow_ignore=False)
+        self.check_ids("input_ids", input_ids)
         if input_ids.dim() not in (1, 2):
             raise ArgumentError(f"input_ids: expected shape [T] or [B, T], got {tuple(input_ids.shape)}")
-        positions, offsets = pack_positions(
-            input_ids.shape, position_ids, segment_offsets, self.spec.max_position_embeddings, input_ids.device
-        )
-        num_positions = int(positions.max()) + 1 if positions.numel() else 1
-        cos, sin = self._rope_table(num_positions, input_ids.device)
-        hidden = self.model(input_ids.reshape(-1), PackedPositions(positions, offsets, cos, sin))
+        packed = self.packed_positions(input_ids, position_ids, segment_offsets)
+        hidden = self.model(input_ids.reshape(-1), packed)
         if targets is None:
             logits = matmul(hidden, self.output_weight, out_dtype=torch.float32)
             return logits.view(*input_ids.shape, -1)
         if targets.shape != input_ids.shape:
             raise ArgumentError(f"targets: expected shape {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
-        self._check_ids("targets", targets, allow_ignore=True)
+        self.check_ids("targets", targets, allow_ignore=True)
         nll = linear_cross_entropy(hidden, self.output_weight, targets.reshape(-1), ignore_index=IGNORE)
         return nll.view(input_ids.shape)
 
-    def _check_ids(self, name: str, ids: Tensor, *, allow_ignore: bool) -> None:
+    def packed_positions(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, segment_offsets: Tensor | None = None
+    ) -> PackedPositions:
+        """What the layers need to know of a batch beside its values; arguments as in `forward`."""
+        positions, offsets = pack_positions(
+            input_ids.shape, position_ids, segment_offsets, self.spec.max_position_embeddings, input_ids.device
+        )
+        num_positions = int(positions.max()) + 1 if positions.numel() else 1
+        cos, sin = self._rope_table(num_positions, input_ids.device)
+        return PackedPositions(positions, offsets, cos, sin)
+
+    def check_ids(self, name: str, ids: Tensor, *, allow_ignore: bool = False) -> None:
+        """Raises ArgumentError with `name` unless `ids` are integers in [0, vocab_size), or `IGNORE` where allowed."""
         if ids.dtype not in (torch.int32, torch.int64):
             raise ArgumentError(f"{name}: expected torch.int32 or torch.int64, got {ids.dtype}")
         if ids.device.type == "meta" or not ids.numel():

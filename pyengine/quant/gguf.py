@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pyengine.errors import ArgumentError, CapacityError, ModelFileError
 from pyengine.families import family_of, gguf_metadata_from_spec
 from pyengine.formats import GgufTensor, open_gguf, quantize_q4_0, quantize_q4_1, quantize_q8_0, write_gguf
-from pyengine.formats.blocks import BLOCK_ELEMENTS
+from pyengine.formats.blocks import BLOCK_BYTES, BLOCK_ELEMENTS
 from pyengine.infer.source import WeightSource, open_source
 from pyengine.ledger import content_id
 from pyengine.spec import ModelSpec
@@ -68,6 +68,7 @@ def quantize_to_gguf(
     weights: str = "q4_1",
     embedding: str = "q8_0",
     search: bool = False,
+    rounded: Mapping[str, npt.NDArray[np.uint8]] | None = None,
     progress: Progress | None = None,
 ) -> QuantizeResult:
     """Write `model` as one GGUF file, whole or not at all.
@@ -84,6 +85,8 @@ def quantize_to_gguf(
         weights: "q4_1", "q4_0", "q8_0", "bfloat16" or "float32", the format of the matrices.
         embedding: format of the embedding (which is the head, where the two are tied) and of lm_head.
         search: choose the scales of each block for the least squared error; about 80 times the work.
+        rounded: blocks of `weights` that take the place of the model's own, as `pyengine.calibrate` makes them: Hugging
+            Face name -> uint8 [num_rows, row_bytes].
         progress: told of every tensor.
 
     Raises:
@@ -102,6 +105,8 @@ def quantize_to_gguf(
     spec = source.spec
     formats = {name: embedding if name in _EMBEDDINGS else weights for name in source.matrix_names()}
     _check_rows(spec, formats)
+    rounded = dict(rounded or {})
+    _check_rounded(spec, rounded, weights)
     metadata, types = _metadata(source)
     metadata["general.file_type"] = FORMATS[weights][1]
     metadata["general.quantization_version"] = _QUANTIZATION_VERSION
@@ -116,7 +121,7 @@ def quantize_to_gguf(
 
     def make(name: str, stored_name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         report(stored_name, 0)
-        data = _encode(source, name, formats.get(name, "float32"), search)
+        data = _encode(source, name, formats.get(name, "float32"), search, rounded.get(name))
         report(stored_name, math.prod(shape))
         return data
 
@@ -157,6 +162,16 @@ def _check_rows(spec: ModelSpec, formats: dict[str, str]) -> None:
             )
 
 
+def _check_rounded(spec: ModelSpec, rounded: Mapping[str, npt.NDArray[np.uint8]], weights: str) -> None:
+    shapes = spec.tensor_shapes()
+    for name, rows in rounded.items():
+        if name in _EMBEDDINGS or len(shapes.get(name, ())) != 2 or weights not in _QUANTIZERS:
+            raise ArgumentError(f"rounded: expected matrices that are written in blocks, got {name!r:.80}")
+        expected = (shapes[name][0], shapes[name][1] // BLOCK_ELEMENTS * BLOCK_BYTES[weights])
+        if rows.dtype != np.uint8 or rows.shape != expected:
+            raise ArgumentError(f"rounded[{name!r}]: expected uint8 {expected}, got {rows.dtype} {rows.shape}")
+
+
 def _metadata(source: WeightSource) -> tuple[dict[str, Any], dict[str, str]]:
     """Metadata and the types that its values do not show."""
     architecture = gguf_metadata_from_spec(source.spec)
@@ -180,10 +195,15 @@ def _metadata(source: WeightSource) -> tuple[dict[str, Any], dict[str, str]]:
     return metadata, {f"{prefix}merges": "array[string]", f"{prefix}token_type": "array[int32]"}
 
 
-def _encode(source: WeightSource, name: str, wanted: str, search: bool) -> npt.NDArray[np.uint8]:
+def _encode(
+    source: WeightSource, name: str, wanted: str, search: bool, rounded: npt.NDArray[np.uint8] | None
+) -> npt.NDArray[np.uint8]:
     """The weight as it stands in the file: uint8 [num_rows, row_bytes], rows in the order of GGUF."""
-    if source.stored_format(name) == wanted:
-        rows = source.raw(name)
+    if rounded is not None:
+        rows = rounded
+    elif source.stored_format(name) == wanted:
+        rows, stored_order = source.raw(name)
+        rows = rows if stored_order is None else rows[stored_order]
     else:
         dense = source.dense(name)
         table = dense.reshape(len(dense), -1)

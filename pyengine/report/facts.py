@@ -59,6 +59,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     QUANTIZE: {
         "format": "name of the weight format",
         "bits_per_weight": "bits per weight, scales included",
+        "calibration_tokens": "tokens of text that the rounding kept the outputs on; 0: none",
         "bytes": "size on disk",
         "perplexity_before": "perplexity of the source model on held-out text",
         "perplexity_after": "perplexity of the quantised model on the same text",

@@ -32,13 +32,16 @@ class DescriptionCheck:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
 
-    def check(self, description: dict[str, Any]) -> None:
-        """`description` is the object of a tokenizer.json."""
+    def check(self, description: dict[str, Any]) -> int:
+        """`description` is the object of a tokenizer.json. Returns one more than its largest id."""
         vocab = self._check_vocab(description.get("model"))
         self._check_added_tokens(description.get("added_tokens"), vocab)
         for stage in ("normalizer", "pre_tokenizer", "decoder"):
             self._check_stage(stage, description.get(stage))
         self._check_post_processor(description.get("post_processor"))
+        added = description.get("added_tokens") or []
+        ids: list[int] = [*vocab.values(), *(entry["id"] for entry in added)]
+        return 1 + max(ids)
 
     def fail(self, field: str, message: str) -> ModelFileError:
         return file_error(self.path, message, field=field)
@@ -59,13 +62,26 @@ class DescriptionCheck:
             raise self.fail("model.vocab", f"expected an object or a list, got {type(vocab).__name__}")
         if not 1 <= len(vocab) <= MAX_TOKENS:
             raise self.fail("model.vocab", f"expected 1 to {MAX_TOKENS} tokens, got {len(vocab)}")
+        ids = vocab.values()
+        # Whole-set checks first: a loop over every token would be most of the time that a small model takes to load.
+        if (
+            max(map(len, vocab)) > MAX_TOKEN_CHARS
+            or set(map(type, ids)) != {int}
+            or not 0 <= min(ids) <= max(ids) < len(vocab) + MAX_ID_GAP
+            or len(set(ids)) != len(ids)
+        ):
+            raise self._bad_token(vocab)
+        return vocab
+
+    def _bad_token(self, vocab: dict[str, Any]) -> ModelFileError:
+        """The error of the first token whose length or id is not allowed."""
         seen: set[int] = set()
         for token, token_id in vocab.items():
             self._check_id("model.vocab", token, token_id, len(vocab))
             if token_id in seen:
-                raise self.fail("model.vocab", f"expected every id once, got {token_id} twice, at {token!r:.60}")
+                return self.fail("model.vocab", f"expected every id once, got {token_id} twice, at {token!r:.60}")
             seen.add(token_id)
-        return vocab
+        raise AssertionError("every token is good")
 
     def _check_id(self, field: str, token: str, token_id: Any, num_tokens: int) -> None:
         if len(token) > MAX_TOKEN_CHARS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class GgufTokenizerReader:
             raise self._fail("pre", f"expected one of {sorted(PRE_TOKENIZERS)}, got {pre!r:.60}")
         if self._get_bool("add_space_prefix", False):
             raise self._fail("add_space_prefix", "expected false for a tokenizer of kind gpt2, got true")
-        tokens = self._tokens()
+        tokens = self._tokens
         vocab = {token: index for index, token in enumerate(tokens)}
         if len(vocab) != len(tokens):
             raise self._fail("tokens", f"expected every token once, got {len(tokens) - len(vocab)} repeated")
@@ -104,11 +105,12 @@ class GgufTokenizerReader:
 
     def special_tokens(self) -> dict[str, str]:
         """`bos_token`, `eos_token`, `unk_token` and `pad_token`, those that the file names."""
-        tokens = self._tokens()
+        tokens = self._tokens
         names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
         ids = {names[key]: self._token_id(f"{key}_token_id", tokens) for key in names}
         return {f"{name}_token": tokens[token_id] for name, token_id in ids.items() if token_id is not None}
 
+    @cached_property
     def _tokens(self) -> list[str]:
         tokens = self._get("tokens")
         if not isinstance(tokens, list) or not 1 <= len(tokens) <= MAX_TOKENS:
@@ -142,15 +144,24 @@ class GgufTokenizerReader:
         merges = self._get("merges")
         if not isinstance(merges, list) or len(merges) > MAX_TOKENS:
             raise self._fail("merges", f"expected a list of at most {MAX_TOKENS} merges")
-        result = []
+        # Whole-set checks: a loop over every merge would be most of the time that a small model takes to load.
+        if set(map(type, merges)) <= {str}:
+            pairs: list[list[str]] = [merge.split(" ") for merge in merges]
+            if set(map(len, pairs)) <= {2}:
+                used = {"".join(pair) for pair in pairs}.union(*pairs)
+                if "" not in used and used <= vocab.keys():
+                    return pairs
+        raise self._bad_merge(merges, vocab)
+
+    def _bad_merge(self, merges: list[Any], vocab: dict[str, int]) -> ModelFileError:
+        """The error of the first merge that is not two tokens whose sum is a token."""
         for index, merge in enumerate(merges):
-            left, space, right = merge.partition(" ") if isinstance(merge, str) else ("", "", "")
-            if not (left and space and right) or " " in right:
-                raise self._fail(f"merges[{index}]", f"expected two tokens and a space between, got {merge!r:.60}")
-            if missing := [token for token in (left, right, left + right) if token not in vocab]:
-                raise self._fail(f"merges[{index}]", f"expected tokens of the vocabulary, got {missing[0]!r:.60}")
-            result.append([left, right])
-        return result
+            pair = merge.split(" ") if isinstance(merge, str) else []
+            if len(pair) != 2 or "" in pair:
+                return self._fail(f"merges[{index}]", f"expected two tokens and a space between, got {merge!r:.60}")
+            if missing := [token for token in (*pair, "".join(pair)) if token not in vocab]:
+                return self._fail(f"merges[{index}]", f"expected tokens of the vocabulary, got {missing[0]!r:.60}")
+        raise AssertionError("every merge is good")
 
     def _post_processor(self, tokens: list[str], *, add_bos: bool) -> dict[str, Any] | None:
         pieces: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]

@@ -38,7 +38,7 @@ class Tokenizer:
         path: str | os.PathLike[str] = "tokenizer.json",
         max_input_bytes: int = MAX_INPUT_BYTES,
     ) -> None:
-        DescriptionCheck(path).check(description)
+        self._vocab_size = DescriptionCheck(path).check(description)
         self.path = path
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self.max_input_bytes = max_input_bytes
@@ -49,7 +49,6 @@ class Tokenizer:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self._added = self._tokenizer.get_added_tokens_decoder()
-            self._vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self._special_ids = frozenset(index for index, token in self._added.items() if token.special)
         for entry in description.get("added_tokens") or []:
             if self.token_to_id(entry["content"]) != entry["id"]:

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, quants
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.formats import GgufTensor, open_gguf, write_gguf
-from tests.conftest_paths import smollm2_path
+from pyengine.testing.smollm2 import smollm2_gguf
 from tests.formats.gguf_builder import STRING, GgufFile, array
 
 CONVERTED = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
@@ -283,8 +283,9 @@ def test_made_blocks_of_another_size(tmp_path, made):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_smollm2_against_the_package():
-    path = smollm2_path()
+    path = smollm2_gguf()
     theirs = gguf.GGUFReader(path)
     ours = open_gguf(path)
     for key, value in fields_of(theirs).items():

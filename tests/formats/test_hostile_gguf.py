@@ -155,5 +155,7 @@ def test_readable_text(tmp_path):
 
 def test_names_that_differ_late_are_told_apart(tmp_path):
     stem = "k" * 60_000
-    load(tmp_path / "f.gguf", bytes(GgufFile([scalar(stem + str(i), UINT8, i) for i in range(10)])))
-    load(tmp_path / "f.gguf", bytes(GgufFile([], [tensor("n" * 62 + c, [0], 0, 0) for c in "ab"])))
+    reader = load(tmp_path / "f.gguf", bytes(GgufFile([scalar(stem + str(i), UINT8, i) for i in range(10)])))
+    assert {key[-1]: value for key, value in reader.metadata.items()} == {str(i): i for i in range(10)}
+    reader = load(tmp_path / "f.gguf", bytes(GgufFile([], [tensor("n" * 62 + c, [0], 0, 0) for c in "ab"])))
+    assert [name[-1] for name in reader] == ["a", "b"]

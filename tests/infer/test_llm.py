@@ -1,5 +1,7 @@
+import os
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,10 +260,17 @@ def test_no_template_is_a_typed_error(tmp_path, tiny):
         LLM(folder).chat([{"role": "user", "content": "hi"}])
 
 
+@pytest.mark.slow
 def test_create_and_destroy_many(tiny):
+    """Nothing that a process holds grows: threads, open files, mapped regions (a few come and go with the heap)."""
+    held = []
     for _ in range(100):
         completion = LLM(tiny, cache_tokens=64).generate([[1]], SamplingParams(max_tokens=1, ignore_eos=True))[0]
         assert len(completion.token_ids) == 1
+        maps = len(Path("/proc/self/maps").read_text().splitlines())
+        held.append((len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), maps))
+    assert held[-1][:2] == held[9][:2]
+    assert held[-1][2] < held[9][2] + 50
 
 
 def test_explain_states_what_was_chosen(llm):

@@ -65,8 +65,15 @@ def greedy(model, prompts, num_tokens):
     cache, out = None, []
     for _ in range(num_tokens):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        result = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache, ids = result.past_key_values, result.logits[:, -1:].argmax(-1)
+        result = model(
+            ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, ids = result.past_key_values, result.logits.argmax(-1)
         mask = torch.cat([mask, torch.ones_like(ids)], -1)
         out.append(ids[:, 0])
     return torch.stack(out, -1).tolist()

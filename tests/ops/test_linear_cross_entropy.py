@@ -208,6 +208,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_never_holds_all_logits():
     # All logits take 768 MiB, this child may have 200 MiB more than it starts with.
     child = subprocess.run(

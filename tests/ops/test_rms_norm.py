@@ -20,8 +20,9 @@ def _run(fn, dtype, tensors, grads, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "grad_layout"), [(a, b) for a in LAYOUTS for b in LAYOUTS if "contiguous" in (a, b) or a == b]
+)
 def test_matches_reference(isa, shape, layout, grad_layout, dtype):
     torch.manual_seed(0)
     x, weight = LAYOUTS[layout](torch.randn(shape).to(dtype)), torch.randn(shape[-1]).to(dtype)

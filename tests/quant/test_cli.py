@@ -67,3 +67,16 @@ def test_no_torch_is_imported(model, tmp_path):
         f"quantize_to_gguf({str(model)!r}, {str(tmp_path / 'out.gguf')!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_calibration(model, tmp_path):
+    pytest.importorskip("torch")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    plain, out = tmp_path / "plain.gguf", tmp_path / "out.gguf"
+    run(model, plain)
+    result = run(model, out, "--calibration", text, "--calibration-tokens", 300)
+    assert "bits per weight" in result.output
+    a, b = open_gguf(plain), open_gguf(out)
+    changed = {name for name in a if bytes(a.data(name)) != bytes(b.data(name))}
+    assert changed == {name for name in a if a.info(name).type == "Q4_1"}

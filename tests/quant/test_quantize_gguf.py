@@ -8,7 +8,6 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest_paths import smollm2_path
 from gguf import GGMLQuantizationType, GGUFReader
 
 from pyengine import LLM, SamplingParams
@@ -18,6 +17,7 @@ from pyengine.ledger import content_id
 from pyengine.quant import quantize_to_gguf
 from pyengine.spec import FactorScaling, LinearScaling, Llama3Scaling, RopeSpec
 from pyengine.testing.random_model import make_spec, write_model
+from pyengine.testing.smollm2 import smollm2_gguf
 
 TYPES = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_1": "Q4_1", "q4_0": "Q4_0"}
 FILE_TYPES = {"float32": 0, "bfloat16": 32, "q8_0": 7, "q4_1": 3, "q4_0": 2}
@@ -42,7 +42,7 @@ def tied(tmp_path_factory):
 def smollm2_copy(tmp_path_factory):
     """SmolLM2, written in the formats that it has."""
     out = tmp_path_factory.mktemp("quant") / "smollm2.gguf"
-    quantize_to_gguf(smollm2_path(), out, weights="q4_1", embedding="q8_0")
+    quantize_to_gguf(smollm2_gguf(), out, weights="q4_1", embedding="q8_0")
     return out
 
 
@@ -153,7 +153,7 @@ def test_matrices_larger_than_one_portion_are_whole(tied, tmp_path, monkeypatch)
 
 
 def test_copy_of_a_gguf_file_has_its_tensors_and_metadata(smollm2_copy):
-    source, copy = open_gguf(smollm2_path()), open_gguf(smollm2_copy)
+    source, copy = open_gguf(smollm2_gguf()), open_gguf(smollm2_copy)
     assert set(copy) == set(source)
     for name in source:
         assert copy.info(name)._replace(offset=0) == source.info(name)._replace(offset=0)
@@ -166,7 +166,7 @@ def test_copy_of_a_gguf_file_has_its_tensors_and_metadata(smollm2_copy):
 
 
 def test_copy_of_a_gguf_file_gives_its_logits_and_text(smollm2_copy):
-    source, copy = LLM(smollm2_path(), max_context=256), LLM(smollm2_copy, max_context=256)
+    source, copy = LLM(smollm2_gguf(), max_context=256), LLM(smollm2_copy, max_context=256)
     ids = source.tokenizer.encode("A model file holds weights, and says what they are.")
     assert np.array_equal(copy.logits(ids), source.logits(ids))
     messages = [{"role": "user", "content": "Name a colour."}]
@@ -376,7 +376,6 @@ def test_paths_that_cannot_be_written(tied, tmp_path):
     check_error(ArgumentError, "^out: .*Not a directory", tied, tmp_path / "file" / "out.gguf")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk(tied, tmp_path, monkeypatch):
     def full(path, *arguments):
         with open("/dev/full", "wb", buffering=0) as file:

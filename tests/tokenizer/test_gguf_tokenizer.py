@@ -83,6 +83,7 @@ def random_texts(count: int, seed: int) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_transformers(tokenizer: Tokenizer, oracle: Any) -> None:
     texts = HARD_TEXTS + real_texts() + random_texts(1000, seed=1)
     texts += [f"<|im_start|>user\n{text}<|im_end|>" for text in texts[::10]]

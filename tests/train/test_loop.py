@@ -34,6 +34,7 @@ def losses_of(trainer):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_fifty_losses_equal_transformers(tmp_path, tied):
     """The same data, initial weights, schedule, clipping and decay in transformers with torch.optim.AdamW."""

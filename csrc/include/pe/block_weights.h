@@ -52,9 +52,7 @@ struct BlockWeights {
 };
 
 struct BlockWeightsPack {
-  const uint8_t* raw;        // rows of GGUF blocks
-  int64_t raw_row_bytes;     // from one raw row to the next
-  const int32_t* row_order;  // [N] raw row of each packed row; nullptr: the same order
+  const uint8_t* const* rows;  // [N], each a row of GGUF blocks, wherever it lies
   uint8_t* packed;
   int64_t num_rows, num_cols;
   BlockFormat format;

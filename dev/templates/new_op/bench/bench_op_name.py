@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from shapes import HIDDEN, NUM_TOKENS
 
-from bench.shapes import HIDDEN, NUM_TOKENS
 from pyengine.ops.op_name import op_name
 
 PROVIDERS = {"pyengine": op_name, "torch": lambda x: x.clone()}
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("model", HIDDEN)
-@pytest.mark.parametrize("provider", PROVIDERS)
 def bench_op_name_fwd(benchmark, provider, model, num_tokens, dtype):
     benchmark.group = f"op_name fwd {model} {num_tokens} {dtype}"
     x = torch.randn(NUM_TOKENS[num_tokens], HIDDEN[model]).to(dtype)
