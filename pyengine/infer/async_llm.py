@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from pyengine.errors import ArgumentError, BackendUnavailable, CapacityError
-from pyengine.infer.fork_lock import fork_lock
+from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.llm import LLM, Prompt
 from pyengine.infer.outputs import Completion, TextPiece
 from pyengine.infer.sampling_params import SamplingParams
@@ -127,7 +127,7 @@ class _EngineThread:
         self._llm = llm
         self._max_requests = max_requests
         self._pid = os.getpid()
-        self._lock = fork_lock()
+        self._lock = EngineLock()
         self._places: set[_Place] = set()
         # (place, whether it comes or goes), or None to wake up. Its put() may be called by garbage collection.
         self._messages: queue.SimpleQueue[tuple[_Place, bool] | None] = queue.SimpleQueue()

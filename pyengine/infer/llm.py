@@ -12,8 +12,8 @@ import numpy as np
 
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
+from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.explain import Explanation, explain
-from pyengine.infer.fork_lock import fork_lock
 from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
 from pyengine.infer.outputs import Completion, Score, TextPiece
 from pyengine.infer.runner import Runner
@@ -77,7 +77,7 @@ class LLM:
         self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size)
         self._prefix_cache = prefix_cache
         self._scheduler = Scheduler(self._runner, prefix_cache=prefix_cache)
-        self._lock = fork_lock()
+        self._lock = EngineLock()
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> LLM:

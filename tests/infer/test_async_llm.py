@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import random
 import threading
@@ -36,6 +37,25 @@ async def until(condition):
     async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+class Gate:
+    """Lets the engine thread do some steps and stops it in the next one until it is opened."""
+
+    def __init__(self, llm, monkeypatch, num_steps=0):
+        self.is_reached, self._is_open = threading.Event(), threading.Event()
+        step, counter = llm._runner.step, itertools.count()
+
+        def wrapper(*arguments):
+            if next(counter) >= num_steps:
+                self.is_reached.set()
+                self._is_open.wait(60)
+            return step(*arguments)
+
+        monkeypatch.setattr(llm._runner, "step", wrapper)
+
+    def open(self):
+        self._is_open.set()
 
 
 def test_generate_and_stream_equal_the_synchronous_engine(llm):
@@ -92,55 +112,72 @@ def test_a_victim_keeps_its_bytes_beside_forty_hostile_requests(tiny):
     asyncio.run(main())
 
 
-def test_cancelling_a_task_frees_its_request(llm):
+def test_cancelling_a_task_frees_its_request(llm, monkeypatch):
     async def main():
+        gate = Gate(llm, monkeypatch, num_steps=3)
         async with engine(llm) as it:
             task = asyncio.create_task(it.generate([1, 2], LONG))
-            await until(lambda: llm._scheduler.num_running == 1)
-            with llm._lock:  # the engine thread waits
-                (sequence,) = llm._scheduler._running
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
+            await until(gate.is_reached.is_set)
+            (sequence,) = llm._scheduler._running
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
             assert it.num_requests == 0
+            gate.open()
             await until(llm._scheduler.is_idle)
             assert sequence.finish_reason is None
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("num_pieces", [0, 1, 5])
-def test_closing_an_iterator_frees_its_request(llm, num_pieces):
+@pytest.mark.parametrize("num_pieces", [1, 5])
+def test_closing_an_iterator_frees_its_request(llm, monkeypatch, num_pieces):
     async def main():
+        gate = Gate(llm, monkeypatch, num_steps=num_pieces)
         async with engine(llm) as it:
             stream = it.stream([1, 2], LONG)
             for _ in range(num_pieces):
                 await anext(stream)
-            with llm._lock:
-                sequences = list(llm._scheduler._running)
-                await stream.aclose()
+            await until(gate.is_reached.is_set)
+            (sequence,) = llm._scheduler._running
+            await stream.aclose()
+            gate.open()
             await until(llm._scheduler.is_idle)
-            assert [sequence.finish_reason for sequence in sequences] == [None] * (num_pieces > 0)
+            assert sequence.finish_reason is None
 
     asyncio.run(main())
 
 
-def test_a_request_that_goes_before_it_was_seen(llm):
+def test_an_iterator_that_nobody_asks_has_no_request(llm):
     async def main():
         async with engine(llm) as it:
-            with llm._lock:  # the engine thread sees arrival and departure at once
-                task = asyncio.create_task(it.generate([1, 2], LONG))
-                await asyncio.sleep(0.01)
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-            assert (await it.generate([5, 9], GREEDY)).token_ids
-            await until(llm._scheduler.is_idle)
+            stream = it.stream([1, 2], LONG)
+            assert it.num_requests == 0
+            await stream.aclose()
 
     asyncio.run(main())
 
 
-def test_one_request_too_many_is_refused_at_once(llm):
+def test_a_request_that_goes_before_it_was_seen(llm, monkeypatch):
     async def main():
+        gate = Gate(llm, monkeypatch)
+        async with engine(llm) as it:
+            first = asyncio.create_task(it.generate([5, 9], GREEDY))
+            await until(gate.is_reached.is_set)
+            task = asyncio.create_task(it.generate([1, 2], LONG))
+            await until(lambda: it.num_requests == 2)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert it.num_requests == 1
+            gate.open()
+            assert len((await first).token_ids) == 20
+
+    asyncio.run(main())
+
+
+def test_one_request_too_many_is_refused_at_once(llm, monkeypatch):
+    async def main():
+        gate = Gate(llm, monkeypatch)
         async with engine(llm, max_requests=3) as it:
             tasks = [asyncio.create_task(it.generate([i], LONG)) for i in range(1, 4)]
             await until(lambda: it.num_requests == 3)
@@ -148,6 +185,7 @@ def test_one_request_too_many_is_refused_at_once(llm):
                 await it.generate([9], GREEDY)
             with pytest.raises(CapacityError):
                 await anext(it.stream([9], GREEDY))
+            gate.open()
             assert [len(c.token_ids) for c in await asyncio.gather(*tasks)] == [200] * 3
             assert len((await it.generate([9], GREEDY)).token_ids) == 20
 
@@ -169,26 +207,23 @@ def test_a_bad_request_fails_alone(llm):
 def test_an_error_of_a_step_reaches_every_request_in_it(llm, monkeypatch):
     step = llm._runner.step
 
+    def broken(*arguments):
+        raise MemoryError("planted")
+
     async def main():
+        gate = Gate(llm, monkeypatch)
         async with engine(llm) as it:
-            tasks = [asyncio.create_task(it.generate([i], LONG)) for i in range(1, 6)]
-            streams = [it.stream([i], LONG) for i in range(6, 9)]
-            for stream in streams:
-                await anext(stream)
-            await until(lambda: llm._scheduler.num_running == 8)
-
-            def broken(*arguments):
-                monkeypatch.setattr(llm._runner, "step", step)
-                raise MemoryError("planted")
-
+            first = asyncio.create_task(it.generate([1], LONG))
+            await until(gate.is_reached.is_set)
+            # These arrive together, and fail together in the step after the one under way.
+            tasks = [asyncio.create_task(it.generate([i], LONG)) for i in range(2, 6)]
+            tasks += [asyncio.create_task(anext(it.stream([i], LONG))) for i in range(6, 9)]
+            await until(lambda: it.num_requests == 8)
             monkeypatch.setattr(llm._runner, "step", broken)
-            assert [repr(e) for e in await asyncio.gather(*tasks, return_exceptions=True)] == [
-                "MemoryError('planted')"
-            ] * 5
-            for stream in streams:
-                with pytest.raises(MemoryError):
-                    [piece async for piece in stream]
-            # The engine goes on.
+            gate.open()
+            errors = await asyncio.gather(first, *tasks, return_exceptions=True)
+            assert [repr(error) for error in errors] == ["MemoryError('planted')"] * 8
+            monkeypatch.setattr(llm._runner, "step", step)
             assert len((await it.generate([1], GREEDY)).token_ids) == 20
 
     asyncio.run(main())
@@ -196,10 +231,12 @@ def test_an_error_of_a_step_reaches_every_request_in_it(llm, monkeypatch):
 
 def test_the_end_of_the_engine_thread_reaches_everybody(llm, monkeypatch):
     async def main():
+        gate = Gate(llm, monkeypatch)
         async with engine(llm) as it:
             tasks = [asyncio.create_task(it.generate([i], LONG)) for i in range(1, 6)]
-            await until(lambda: llm._scheduler.num_running == 5)
+            await until(lambda: it.num_requests == 5 and gate.is_reached.is_set())
             monkeypatch.setattr(llm._scheduler, "step", lambda: 1 // 0)
+            gate.open()
             for error in await asyncio.gather(*tasks, return_exceptions=True):
                 assert isinstance(error, BackendUnavailable)
                 assert isinstance(error.__cause__, ZeroDivisionError)
@@ -209,14 +246,21 @@ def test_the_end_of_the_engine_thread_reaches_everybody(llm, monkeypatch):
     asyncio.run(main())
 
 
-def test_close_fails_what_is_under_way_and_what_comes_later(llm):
+def test_close_fails_what_is_under_way_and_what_comes_later(llm, monkeypatch):
     async def main():
+        gate = Gate(llm, monkeypatch)
         async with engine(llm) as it:
             task = asyncio.create_task(it.generate([1], LONG))
-            await until(lambda: llm._scheduler.num_running == 1)
-            await it.close()
-            with pytest.raises(BackendUnavailable, match="closed"):
-                await task
+            await until(gate.is_reached.is_set)
+            late = asyncio.create_task(it.generate([2], LONG))
+            await until(lambda: it.num_requests == 2)
+            closing = asyncio.create_task(it.close())
+            await asyncio.sleep(0)
+            gate.open()
+            for waiter in (task, late):
+                with pytest.raises(BackendUnavailable, match="closed"):
+                    await waiter
+            await closing
             with pytest.raises(BackendUnavailable, match="closed"):
                 await it.generate([1], GREEDY)
             await it.close()
@@ -242,14 +286,16 @@ def test_an_engine_that_nobody_holds_ends_its_thread(llm):
     asyncio.run(main())
 
 
-def test_an_event_loop_that_ends_in_the_middle(llm):
+def test_an_event_loop_that_ends_in_the_middle(llm, monkeypatch):
+    gate = Gate(llm, monkeypatch, num_steps=1)
     it = AsyncLLM(llm)
     loop = asyncio.new_event_loop()
     stream = it.stream([1], LONG)
     loop.run_until_complete(anext(stream))
-    with llm._lock:
-        (sequence,) = llm._scheduler._running
-        loop.close()
+    assert gate.is_reached.wait(60)
+    (sequence,) = llm._scheduler._running
+    loop.close()
+    gate.open()
 
     async def main():
         assert len((await it.generate([1], GREEDY)).token_ids) == 20

@@ -11,6 +11,7 @@ import pytest
 
 from pyengine import LLM, SamplingParams
 from pyengine.errors import ArgumentError, CapacityError
+from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.scheduler import MAX_RUNNING
 
 PAGE = 16
@@ -291,3 +292,32 @@ def test_a_prompt_too_long_for_the_cache_does_not_stop_the_others(tiny):
     assert isinstance(bad.failure, CapacityError)
     assert first.finish_reason == last.finish_reason == "length"
     assert free_pages(llm) == 4
+
+
+def test_who_waits_for_the_engine_comes_next():
+    """A thread that takes the lock again at once does not keep another one from it."""
+    lock = EngineLock()
+    stop = threading.Event()
+    num_turns = 0
+
+    def work():
+        nonlocal num_turns
+        while not stop.is_set():
+            with lock:
+                num_turns += 1
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    waits = []
+    try:
+        for _ in range(50):
+            time.sleep(0.003)
+            before = num_turns
+            with lock:
+                waits.append(num_turns - before)
+    finally:
+        stop.set()
+        thread.join()
+    # No turn begins while this thread waits; a few may where the machine stops it before it does.
+    assert sorted(waits)[25] == 0
