@@ -21,6 +21,7 @@ class PyenginePeer:
             threads=args.threads,
             max_context=1024,
             cache_tokens=8192,
+            prefix_cache=False,  # prompts come again, and are to be computed again
         )
         self._llm = self._make()
 
