@@ -176,6 +176,8 @@ def attention_decode_cpu(
     y: Tensor,
     scale: float,
     sliding_window: int | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None: ...
 def attention_fwd_cpu(
     q: Tensor,
@@ -209,7 +211,15 @@ def gguf_type_geometry(type: str) -> tuple[int, int, int]:
     """
 
 def kv_append_cpu(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, seq: Tensor, position: Tensor
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    seq: Tensor,
+    position: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None: ...
 def linear_cross_entropy_bwd_cpu(
     grad_nll: Tensor,

@@ -106,14 +106,15 @@ std::shared_ptr<Decoder> make_decoder(const std::shared_ptr<Model>& model, int64
   if (page_size < 16 || page_size > 4096 || page_size % 16 != 0)
     throw ArgumentError("page_size: expected a multiple of 16 up to 4096, got " + std::to_string(page_size));
   const ModelConfig& c = model->config();
-  return std::make_shared<Decoder>(model,
-                                   KvCacheConfig{.num_layers = c.num_layers,
-                                                 .num_kv_heads = c.num_kv_heads,
-                                                 .head_dim = c.head_dim,
-                                                 .page_size = page_size,
-                                                 .num_pages = positive("num_pages", num_pages),
-                                                 .dtype = parse_float("kv_dtype", kv_dtype)},
-                                   positive("max_tokens", max_tokens));
+  return std::make_shared<Decoder>(
+      model,
+      KvCacheConfig{.num_layers = c.num_layers,
+                    .num_kv_heads = c.num_kv_heads,
+                    .head_dim = c.head_dim,
+                    .page_size = page_size,
+                    .num_pages = positive("num_pages", num_pages),
+                    .dtype = kv_dtype == "int8" ? DType::i8 : parse_float("kv_dtype", kv_dtype)},
+      positive("max_tokens", max_tokens));
 }
 
 void step(Decoder& decoder, const Tensor& token_ids, const Tensor& seqs, const Tensor& rows,

@@ -381,6 +381,10 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                           .k_page_stride = cache_.page_stride(),
                           .v_page_stride = cache_.page_stride(),
                           .block_table_stride = block_table_stride_,
+                          .k_scales = cache_.k_scales(i),
+                          .v_scales = cache_.v_scales(i),
+                          .k_scale_page_stride = cache_.scale_page_stride(),
+                          .v_scale_page_stride = cache_.scale_page_stride(),
                           .dtype = act,
                           .cache_dtype = cache_.dtype()};
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
@@ -408,6 +412,10 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                                     .k_page_stride = cache_.page_stride(),
                                     .v_page_stride = cache_.page_stride(),
                                     .block_table_stride = block_table_stride_,
+                                    .k_scales = cache_.k_scales(i),
+                                    .v_scales = cache_.v_scales(i),
+                                    .k_scale_page_stride = cache_.scale_page_stride(),
+                                    .v_scale_page_stride = cache_.scale_page_stride(),
                                     .sliding_window = c.sliding_window,
                                     // In double, then rounded once, as the training side passes it.
                                     .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(c.head_dim))),

@@ -9,9 +9,16 @@
 namespace pe {
 namespace {
 
-// A multiple of a cache line: page_size is one of 16, and head_dim even.
+int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::bf16 ? 2 : 1; }
+
+Checked data_bytes(const KvCacheConfig& c) {
+  return Checked(c.num_kv_heads) * c.page_size * c.head_dim * element_bytes(c.dtype);
+}
+
+// K or V of one layer of one page, with the scales behind it.
 Checked block_bytes(const KvCacheConfig& c) {
-  return Checked(c.num_kv_heads) * c.page_size * c.head_dim * (c.dtype == DType::f32 ? 4 : 2);
+  const Checked scales = c.dtype == DType::i8 ? Checked(c.num_kv_heads) * c.page_size * 4 : Checked(0);
+  return (data_bytes(c) + scales).align_up(Arena::kAlignment);
 }
 
 size_t total_bytes(const KvCacheConfig& c) {
@@ -28,6 +35,14 @@ KvCache::KvCache(const KvCacheConfig& config)
       arena_(total_bytes(config), "key/value cache"),
       block_bytes_(arena_.capacity() / static_cast<size_t>(2 * config.num_layers * config.num_pages)),
       base_(arena_.allocate(arena_.capacity())) {}
+
+float* KvCache::scales_behind(void* block) const {
+  if (config_.dtype != DType::i8) return nullptr;
+  const int64_t num_bytes = config_.num_kv_heads * config_.page_size * config_.head_dim;
+  return reinterpret_cast<float*>(static_cast<uint8_t*>(block) + num_bytes);
+}
+
+int64_t KvCache::page_stride() const { return page_bytes() / element_bytes(config_.dtype); }
 
 const KvCache::Sequence& KvCache::sequence(int32_t seq) const {
   if (seq < 0 || static_cast<size_t>(seq) >= sequences_.size() || !sequences_[static_cast<size_t>(seq)].live)
@@ -186,8 +201,7 @@ void KvCache::drop_page(int32_t i) {
 }
 
 void KvCache::copy_page(int32_t from, int32_t to) {
-  const size_t page_bytes = block_bytes_ * static_cast<size_t>(2 * config_.num_layers);
-  std::memcpy(base_ + static_cast<size_t>(to) * page_bytes, base_ + static_cast<size_t>(from) * page_bytes, page_bytes);
+  std::memcpy(base_ + to * page_bytes(), base_ + from * page_bytes(), static_cast<size_t>(page_bytes()));
   ++stats_.num_copied_pages;
 }
 

@@ -22,7 +22,7 @@ namespace pe {
 struct KvCacheConfig {
   int64_t num_layers, num_kv_heads, head_dim;
   int64_t page_size, num_pages;
-  DType dtype;
+  DType dtype;  // f32, bf16 or i8
 };
 
 class KvCache {
@@ -68,9 +68,11 @@ class KvCache {
   // First K (V) block of a layer; that of page p starts p * page_stride() elements further.
   void* k_pages(int64_t layer) const { return base_ + static_cast<size_t>(2 * layer) * block_bytes_; }
   void* v_pages(int64_t layer) const { return base_ + static_cast<size_t>(2 * layer + 1) * block_bytes_; }
-  int64_t page_stride() const {
-    return 2 * config_.num_layers * config_.num_kv_heads * config_.page_size * config_.head_dim;
-  }
+  int64_t page_stride() const;
+  // The scales of the first block, with their stride from page to page; nullptr unless the cache is int8.
+  float* k_scales(int64_t layer) const { return scales_behind(k_pages(layer)); }
+  float* v_scales(int64_t layer) const { return scales_behind(v_pages(layer)); }
+  int64_t scale_page_stride() const { return page_bytes() / 4; }
   const std::vector<int32_t>& pages(int32_t seq) const { return sequence(seq).pages; }
 
  private:
@@ -90,6 +92,8 @@ class KvCache {
 
   Page& page(int32_t i) { return pages_[static_cast<size_t>(i)]; }
   const Page& page(int32_t i) const { return pages_[static_cast<size_t>(i)]; }
+  int64_t page_bytes() const { return static_cast<int64_t>(block_bytes_) * 2 * config_.num_layers; }
+  float* scales_behind(void* block) const;
   int32_t take_page();
   void hold_page(int32_t i);
   void drop_page(int32_t i);

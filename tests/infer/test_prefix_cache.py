@@ -45,9 +45,11 @@ def run(decoder, ids, *, salt=None, chunk=512, seq=None):
     return logits, hit
 
 
-@pytest.mark.parametrize(("weights", "mode"), CASES)
-def test_hot_logits_equal_cold_logits(tiny, weights, mode):
-    decoder = engine(tiny, weights=weights, mode=mode)._runner.decoder
+@pytest.mark.parametrize(
+    ("weights", "mode", "kv_dtype"), [*((*case, "auto") for case in CASES), ("float32", "exact", "int8")]
+)
+def test_hot_logits_equal_cold_logits(tiny, weights, mode, kv_dtype):
+    decoder = engine(tiny, weights=weights, mode=mode, kv_dtype=kv_dtype)._runner.decoder
     ids = tokens(150)
     cold, hit = run(decoder, ids)
     assert hit == 0
@@ -87,8 +89,9 @@ def test_pages_of_another_isa_level_are_not_taken(tiny):
         _C.set_active_isa(before)
 
 
-def test_a_fork_goes_its_own_way(tiny):
-    decoder = engine(tiny)._runner.decoder
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_a_fork_goes_its_own_way(tiny, kv_dtype):
+    decoder = engine(tiny, kv_dtype=kv_dtype)._runner.decoder
     common, left, right = tokens(3 * PAGE + 5), tokens(40, seed=1), tokens(40, seed=2)
     expected = [run(decoder, np.concatenate([common, tail]))[0][len(common) :] for tail in (left, right, left)]
     parent = decoder.add_sequence()

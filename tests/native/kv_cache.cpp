@@ -25,15 +25,27 @@ namespace {
 constexpr KvCacheConfig kConfig{
     .num_layers = 3, .num_kv_heads = 2, .head_dim = 6, .page_size = 16, .num_pages = 12, .dtype = DType::f32};
 
-// Blocks do not overlap, fill the cache, and those of one page lie together.
-void test_layout(DType dtype) {
+// Blocks do not overlap, fill the cache, and those of one page lie together; the scales of an int8 block lie behind it.
+void test_layout(DType dtype, int64_t page_size, int64_t element_bytes) {
   KvCacheConfig config = kConfig;
   config.dtype = dtype;
+  config.page_size = page_size;
   const KvCache cache(config);
-  const int64_t element_bytes = dtype == DType::f32 ? 4 : 2;
-  const int64_t block_bytes = config.num_kv_heads * config.page_size * config.head_dim * element_bytes;
+  const int64_t num_values = config.num_kv_heads * config.page_size * config.head_dim;
+  const int64_t num_scales = dtype == DType::i8 ? config.num_kv_heads * config.page_size : 0;
+  const int64_t block_bytes =
+      static_cast<int64_t>(pe::Arena::rounded(static_cast<size_t>(num_values * element_bytes + num_scales * 4)));
   const int64_t page_bytes = 2 * config.num_layers * block_bytes;
   CHECK(cache.num_bytes() == static_cast<size_t>(config.num_pages * page_bytes));
+  CHECK(cache.scale_page_stride() * 4 == page_bytes && cache.page_stride() * element_bytes == page_bytes);
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    CHECK((cache.k_scales(layer) != nullptr) == (dtype == DType::i8));
+    if (dtype != DType::i8) continue;
+    CHECK(reinterpret_cast<uint8_t*>(cache.k_scales(layer)) ==
+          static_cast<uint8_t*>(cache.k_pages(layer)) + num_values);
+    CHECK(reinterpret_cast<uint8_t*>(cache.v_scales(layer)) ==
+          static_cast<uint8_t*>(cache.v_pages(layer)) + num_values);
+  }
   const auto* base = static_cast<const uint8_t*>(cache.k_pages(0));
   std::vector<bool> taken(static_cast<size_t>(config.num_pages * 2 * config.num_layers));
   for (int64_t page = 0; page < config.num_pages; ++page)
@@ -354,8 +366,11 @@ class RandomRun {
 }  // namespace
 
 int main() {
-  test_layout(DType::f32);
-  test_layout(DType::bf16);
+  for (const int64_t page_size : {16, 48}) {
+    test_layout(DType::f32, page_size, 4);
+    test_layout(DType::bf16, page_size, 2);
+    test_layout(DType::i8, page_size, 1);
+  }
   test_sizes_that_wrap();
   test_full_pages_are_found_again();
   test_without_salt_nothing_stays();
