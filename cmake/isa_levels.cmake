@@ -25,6 +25,10 @@ set(PE_ISA_OS_avx512_vnni zmm)
 set(PE_ISA_FLAGS_amx ${PE_ISA_FLAGS_avx512_vnni} -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
 set(PE_ISA_CPUID_amx ${PE_ISA_CPUID_avx512_vnni} avx512bf16 amx_tile amx_int8 amx_bf16)
 set(PE_ISA_OS_amx tile)
+if(PYENGINE_EMULATE_AMX)  # the same code; csrc/runtime/tile_emulator.cpp stands in for the tile unit
+  list(FILTER PE_ISA_CPUID_amx EXCLUDE REGEX "^amx_")
+  set(PE_ISA_OS_amx zmm)
+endif()
 
 # Writes pe/isa.h (the enum and the declaration macro) and pe/isa_table.inc (one row per level) into `folder`.
 function(pe_write_isa_headers folder)

@@ -76,6 +76,48 @@ class Decoder:
     @property
     def page_size(self) -> int: ...
 
+class SampleState:
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        seed: int = 0,
+        sequence: int = 0,
+        prompt_ids: list[int] = ...,
+        bias_ids: list[int] = ...,
+        biases: list[float] = ...,
+        allowed_ids: list[int] = ...,
+        end_ids: list[int] = ...,
+        min_tokens: int = 0,
+        bad_words: list[list[int]] = ...,
+    ) -> None: ...
+    def set_mask(self, mask: Tensor) -> None: ...
+    @property
+    def num_output_ids(self) -> int: ...
+
+class Drawn:
+    @property
+    def logprobs(self) -> list[float]: ...
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def top_ids(self) -> list[int]: ...
+    @property
+    def top_logprobs(self) -> list[float]: ...
+
+class Sampler:
+    def __init__(self, decoder: Decoder) -> None: ...
+    def step(
+        self, token_ids: list[int], seqs: list[int], rows: list[int], states: list[SampleState], num_logprobs: int
+    ) -> Drawn: ...
+
 class MappedBytes:
     """
     Keeps a file mapped for the views of its bytes.
@@ -198,6 +240,7 @@ def block_weights_unpack(block_format: str, packed: Tensor, out: Tensor) -> None
 def build_info() -> dict[str, typing.Any]: ...
 def dequantize_int8_cpu(q: Tensor, scale: Tensor, x: Tensor) -> None: ...
 def describe_tensor(tensor: Tensor) -> dict[str, typing.Any]: ...
+def draw(logits: Tensor, states: list[SampleState], num_logprobs: int) -> Drawn: ...
 def gguf_dequantize(
     type: str, data: bytes | bytearray | memoryview, num_elements: int
 ) -> numpy.typing.NDArray[numpy.float32]:

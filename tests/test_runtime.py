@@ -304,9 +304,11 @@ def test_set_active_isa_returns_the_previous_level():
 
 def test_build_info_has_the_facts():
     info = _C.build_info()
-    assert {"version", "compiler", "cpu", "isa", "available_isas", "isa_limit_reason", "num_threads"} == set(info)
+    isa_facts = {"isa", "available_isas", "isa_limit_reason", "isa_emulation"}
+    assert {"version", "compiler", "cpu", "num_threads"} | isa_facts == set(info)
     assert info["isa"] in info["available_isas"]
     assert info["available_isas"][0] == "scalar"
+    assert info["isa_emulation"] == "", "a build for tests, see PYENGINE_EMULATE_AMX; not one to measure or to ship"
 
 
 # --- fork -------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ class PyenginePeer:
     def decode(self, prompts: list[list[int]], num_steps: int) -> float:
         """Seconds for `num_steps` tokens of every prompt, after the first token of each."""
         params = SamplingParams(max_tokens=1 + num_steps, ignore_eos=True)
-        pieces = self._llm._run(self._llm._sequences(list(prompts), params))
+        groups = self._llm._start(list(prompts), params, stream=True)
+        pieces = self._llm._stream([sequence for group in groups for sequence in group])
         # The prompts fit into one step, so these are the first token of each.
         for _ in prompts:
             next(pieces)

@@ -25,6 +25,7 @@ py::dict build_info() {
   info["isa"] = isa_name(active_isa());
   info["available_isas"] = isa_names();
   info["isa_limit_reason"] = isa_limit_reason();
+  info["isa_emulation"] = isa_emulation();
   info["num_threads"] = num_threads();
   return info;
 }

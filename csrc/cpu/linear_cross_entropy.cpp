@@ -16,7 +16,6 @@ namespace pe {
 namespace {
 
 constexpr IsaEntry<LinearCrossEntropyIsa> kIsas[] = {PE_ISA_ENTRIES_VECTOR(linear_cross_entropy)};
-constexpr IsaEntry<MatmulIsa> kMatmulIsas[] = {PE_ISA_ENTRIES_VECTOR(matmul)};
 // Whole tiles of matmul rows at every ISA level. Their logits of one block stay in the second-level cache.
 constexpr int64_t kRowsPerTask = 48;
 constexpr int64_t kElementsPerTask = 16 * 1024;
@@ -77,7 +76,7 @@ void block_logits(const Args& args, const char* packed, int64_t row, int64_t row
                           .x_dtype = args.dtype,
                           .w_dtype = args.dtype,
                           .y_dtype = DType::f32};
-  select(kMatmulIsas).tile(product, 0, product.num_rows, 0, matmul_num_panels(product.num_cols));
+  matmul_isa().tile(product, 0, product.num_rows, 0, matmul_num_panels(product.num_cols));
 }
 
 // Packs rows [col, col_end) of w, for products over the channels.

@@ -14,7 +14,11 @@
 namespace pe {
 namespace {
 
-constexpr IsaEntry<MatmulIsa> kIsas[] = {PE_ISA_ENTRIES_VECTOR(matmul)};
+constexpr IsaEntry<MatmulIsa> kIsas[] = {
+#if defined(__x86_64__)
+    {Isa::amx, &amx::matmul},
+#endif
+    PE_ISA_ENTRIES_VECTOR(matmul)};
 // Whole tiles of rows at every ISA level.
 constexpr int64_t kRowsPerTask = 192;
 // A task packs or streams about this many elements: long enough to hide the hand-off, short enough to balance.

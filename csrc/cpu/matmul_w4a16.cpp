@@ -11,7 +11,11 @@
 namespace pe {
 namespace {
 
-constexpr IsaEntry<MatmulW4A16Isa> kIsas[] = {PE_ISA_ENTRIES_VECTOR(matmul_w4a16)};
+constexpr IsaEntry<MatmulW4A16Isa> kIsas[] = {
+#if defined(__x86_64__)
+    {Isa::amx, &amx::matmul_w4a16},
+#endif
+    PE_ISA_ENTRIES_VECTOR(matmul_w4a16)};
 
 }  // namespace
 

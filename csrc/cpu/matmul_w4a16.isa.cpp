@@ -3,6 +3,7 @@
 
 #include "simd/panel.h"
 #include "simd/panel_store.h"
+#include "simd/w4a16_group.h"
 
 namespace pe::PE_ISA {
 namespace {
@@ -22,15 +23,15 @@ constexpr int kHalf = kBlockSize / 2;
 struct Rows {
   const float* x;
   int64_t x_row_stride;
-  const float* sum_x;  // [M, K/32], q4_1 only
+  GroupSums sum_x;
   int64_t num_groups;
 };
 
 Rows prepared_rows(const MatmulW4A16& a) {
   const int64_t num_groups = a.weight.num_cols / kBlockSize;
-  if (a.x_dtype == DType::f32) return {static_cast<const float*>(a.x), a.x_row_stride, a.workspace, num_groups};
-  const float* copy = a.workspace;
-  return {copy, a.weight.num_cols, copy + a.num_rows * a.weight.num_cols, num_groups};
+  const GroupSums sum_x = group_sums(a);
+  if (a.x_dtype == DType::f32) return {static_cast<const float*>(a.x), a.x_row_stride, sum_x, num_groups};
+  return {a.workspace, a.weight.num_cols, sum_x, num_groups};
 }
 
 // --- one group of weights -------------------------------------------------------------------------------------------
@@ -73,19 +74,6 @@ struct DecodedGroup {
   }
 };
 
-struct Scales {
-  PanelF d, m;
-};
-
-template <BlockFormat format>
-[[gnu::always_inline]] inline Scales load_scales(const uint8_t* group) {
-  Scales scales;
-  scales.d = load_f16(group + packed_code_bytes(format));
-  if constexpr (format == BlockFormat::q4_1)
-    scales.m = fma(panel_set1(8.0f), scales.d, load_f16(group + packed_code_bytes(format) + kScaleBytes));
-  return scales;
-}
-
 // The only place where codes meet activations: k ascending, whatever the number of rows and panels.
 template <int half, int num_rows, int num_panels, class Group>
 [[gnu::always_inline]] inline void add_half(const Group& group, const float* x, int64_t x_row_stride,
@@ -112,16 +100,6 @@ template <int num_rows, int num_panels, class Group>
   add_half<1>(group, x, x_row_stride, s);
 }
 
-// total of a row with group g added, whose codes gave s.
-template <BlockFormat format>
-[[gnu::always_inline]] inline PanelF add_group(const Scales& scales, const PanelF& s, const Rows& rows, int64_t row,
-                                               int64_t g, const PanelF& total) {
-  const PanelF next = fma(scales.d, s, total);
-  if constexpr (format == BlockFormat::q4_1)
-    return fma(scales.m, panel_set1(rows.sum_x[row * rows.num_groups + g]), next);
-  return next;
-}
-
 // --- few rows: weights go from the stream to the sums ---------------------------------------------------------------
 
 template <BlockFormat format, int num_rows, int num_panels>
@@ -145,9 +123,9 @@ void stream_panels(const MatmulW4A16& a, int64_t row, int64_t panel) {
     PanelF s[num_rows][num_panels];
     dot_group(PackedGroup<format>{group, panel_stride}, x, rows.x_row_stride, s);
     PE_UNROLL for (int p = 0; p < num_panels; ++p) {
-      const Scales scales = load_scales<format>(group + p * panel_stride);
+      const W4A16Scales scales = load_w4a16_scales<format>(group + p * panel_stride);
       PE_UNROLL for (int r = 0; r < num_rows; ++r) {
-        total[r][p] = add_group<format>(scales, s[r][p], rows, row + r, g, total[r][p]);
+        total[r][p] = add_w4a16_group<format>(scales, s[r][p], rows.sum_x, row + r, g, total[r][p]);
       }
     }
   }
@@ -180,13 +158,14 @@ template <BlockFormat format, int half>
 }
 
 template <BlockFormat format, int num_rows, int num_panels>
-void block_rows(const BlockBuffers& in, const Scales* scales, const Rows& rows, int64_t row, int64_t group,
+void block_rows(const BlockBuffers& in, const W4A16Scales* scales, const Rows& rows, int64_t row, int64_t group,
                 float (*total)[kTilePanels][kPanelRows]) {
   PanelF s[num_rows][num_panels];
   dot_group(DecodedGroup{in.codes[0][0]}, rows.x + row * rows.x_row_stride + group * kBlockSize, rows.x_row_stride, s);
   PE_UNROLL for (int r = 0; r < num_rows; ++r) {
     PE_UNROLL for (int p = 0; p < num_panels; ++p) {
-      panel_store(total[r][p], add_group<format>(scales[p], s[r][p], rows, row + r, group, panel_load(total[r][p])));
+      panel_store(total[r][p],
+                  add_w4a16_group<format>(scales[p], s[r][p], rows.sum_x, row + r, group, panel_load(total[r][p])));
     }
   }
 }
@@ -202,11 +181,11 @@ void block_panels(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int6
     for (int p = 0; p < num_panels; ++p) panel_store(buffers.total[r][p], panel_set1(0.0f));
 
   for (int64_t g = 0; g < num_groups; ++g, packed += group_bytes) {
-    Scales scales[num_panels];
+    W4A16Scales scales[num_panels];
     PE_UNROLL for (int p = 0; p < num_panels; ++p) {
       const uint8_t* group = packed + p * panel_stride;
       prefetch<group_bytes>(group + kPrefetchBytes / num_panels);
-      scales[p] = load_scales<format>(group);
+      scales[p] = load_w4a16_scales<format>(group);
       decode_half<format, 0>(group, buffers.codes[p]);
       decode_half<format, 1>(group, buffers.codes[p]);
     }
@@ -229,7 +208,9 @@ void tile_format(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64
     if constexpr (kWide)
       for (; row + 4 <= row_end; row += 4) stream_rows<format, 4, 2>(a, row, panel_begin, panel_end);
     for (; row + 2 <= row_end; row += 2) stream_rows<format, 2, 2>(a, row, panel_begin, panel_end);
-    for (; row < row_end; ++row) stream_rows<format, 1, kWide ? 4 : 2>(a, row, panel_begin, panel_end);
+    // Bytes of q8_0 come faster in one stream; nibbles take longer to decode than to come, and overlap over panels.
+    constexpr int num_panels = format == BlockFormat::q8_0 ? 1 : kWide ? 4 : 2;
+    for (; row < row_end; ++row) stream_rows<format, 1, num_panels>(a, row, panel_begin, panel_end);
     return;
   }
   for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
@@ -262,11 +243,7 @@ void prepare(const MatmulW4A16& a, int64_t row_begin, int64_t row_end) {
       float* copy = a.workspace + row * num_cols;
       for (int64_t k = 0; k < num_cols; k += VecF::size) store(copy + k, load(source + k));
     }
-    if (a.weight.format == BlockFormat::q4_1) {
-      float* sum_x = const_cast<float*>(rows.sum_x) + row * rows.num_groups;
-      for (int64_t g = 0; g < rows.num_groups; ++g)
-        sum_x[g] = sum(add(panel_load(x + g * kBlockSize), panel_load(x + g * kBlockSize + kPanelRows)));
-    }
+    if (a.weight.format == BlockFormat::q4_1) store_group_sums(rows.sum_x, row, x);
   }
 }
 

@@ -13,6 +13,7 @@ namespace {
 
 constexpr IsaEntry<MatmulW4A8Isa> kIsas[] = {
 #if defined(__x86_64__)
+    {Isa::amx, &amx::matmul_w4a8},
     {Isa::avx512_vnni, &avx512_vnni::matmul_w4a8},
 #endif
     PE_ISA_ENTRIES_VECTOR(matmul_w4a8)};

@@ -5,6 +5,7 @@
 
 #include "simd/panel_dot.h"
 #include "simd/panel_store.h"
+#include "simd/w4a8_group.h"
 
 namespace pe::PE_ISA {
 namespace {
@@ -19,20 +20,6 @@ constexpr int kBlockPanels = kWide ? 2 : 1;
 constexpr int64_t kRowBlock = 96;
 
 // --- activations ----------------------------------------------------------------------------------------------------
-
-struct QuantizedRow {
-  const int8_t* values;
-  const float* scales;
-  const int32_t* sums;
-};
-
-QuantizedRow quantized_row(const MatmulW4A8& a, int64_t row) {
-  const uint8_t* values = a.quantized + row * quantized_row_bytes(a.weight.num_cols);
-  const uint8_t* scales = values + a.weight.num_cols;
-  const uint8_t* sums = scales + a.weight.num_cols / kBlockSize * static_cast<int64_t>(sizeof(float));
-  return {reinterpret_cast<const int8_t*>(values), reinterpret_cast<const float*>(scales),
-          reinterpret_cast<const int32_t*>(sums)};
-}
 
 // Rounds one group; bits of magnitudes order like the magnitudes, with infinities and NaNs on top.
 void quantize_group(const float* x, int8_t* values, float* scale, int32_t* sum) {
@@ -85,33 +72,20 @@ void quantize_rows(const MatmulW4A8& a, int64_t row_begin, int64_t row_end) {
 template <BlockFormat format>
 struct PanelGroup {
   DotCodes<format> codes;
-  PanelF d, m;
+  W4A8Scales scales;
 };
 
 template <BlockFormat format>
 [[gnu::always_inline]] inline PanelGroup<format> load_group(const uint8_t* group) {
-  PanelGroup<format> loaded;
-  loaded.codes = load_dot_codes<format>(group);
-  loaded.d = load_f16(group + packed_code_bytes(format));
-  if constexpr (format == BlockFormat::q4_1) loaded.m = load_f16(group + packed_code_bytes(format) + kScaleBytes);
-  return loaded;
-}
-
-// The packed code of a zero weight; q4_1 has m for that.
-constexpr int32_t zero_code(BlockFormat format) {
-  return format == BlockFormat::q4_0 ? 8 : format == BlockFormat::q8_0 ? 128 : 0;
+  return {load_dot_codes<format>(group), load_w4a8_scales<format>(group)};
 }
 
 // total + the contribution of group g: the only place where codes meet activations.
 template <BlockFormat format>
 [[gnu::always_inline]] inline PanelF add_group(const PanelGroup<format>& group, const QuantizedRow& x, int64_t g,
                                                const PanelF& total) {
-  const int32_t sum = x.sums[g];
-  const PanelF scale = panel_set1(x.scales[g]);
-  const PanelI i = dot(group.codes, x.values + g * kBlockSize, panel_int(-zero_code(format) * sum));
-  const PanelF next = fma(to_float(i), mul(group.d, scale), total);
-  if constexpr (format == BlockFormat::q4_1) return fma(mul(group.m, scale), panel_set1(static_cast<float>(sum)), next);
-  return next;
+  const PanelI i = dot(group.codes, x.values + g * kBlockSize, panel_int(-zero_code(format) * x.sums[g]));
+  return add_w4a8_group<format>(group.scales, i, x, g, total);
 }
 
 // --- one row: weights go from the stream to the dot product; one panel at a time keeps that a single stream ---------

@@ -14,8 +14,8 @@ namespace pe {
 namespace {
 
 #if defined(__x86_64__)
-constexpr IsaEntry<MatmulW8A8Isa> kIsas[] = {{Isa::avx512_vnni, &avx512_vnni::matmul_w8a8},
-                                             PE_ISA_ENTRIES_VECTOR(matmul_w8a8)};
+constexpr IsaEntry<MatmulW8A8Isa> kIsas[] = {
+    {Isa::amx, &amx::matmul_w8a8}, {Isa::avx512_vnni, &avx512_vnni::matmul_w8a8}, PE_ISA_ENTRIES_VECTOR(matmul_w8a8)};
 #else
 constexpr IsaEntry<MatmulW8A8Isa> kIsas[] = {PE_ISA_ENTRIES_VECTOR(matmul_w8a8)};
 #endif

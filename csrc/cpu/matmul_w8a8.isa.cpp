@@ -2,8 +2,8 @@
 #include "pe/matmul_w8a8.h"
 
 #include "simd/dot_int8.h"
-#include "simd/for_each_vec.h"
 #include "simd/unroll.h"
+#include "simd/w8a8_columns.h"
 
 namespace pe::PE_ISA {
 namespace {
@@ -18,22 +18,6 @@ constexpr int kTileRows = 2, kTilePanels = 1;
 #endif
 // Far enough for the memory, near enough for L1.
 constexpr int64_t kPrefetchBytes = 4096;
-
-template <class T>
-void store_columns(const MatmulW8A8& a, int64_t row, int64_t panel, const int32_t* raw) {
-  float sums[kMatmulW8A8PanelRows];
-  const uint32_t offset = 128u * static_cast<uint32_t>(a.x_sum[row]);
-  for (int c = 0; c < kMatmulW8A8PanelRows; ++c)
-    sums[c] = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(raw[c]) - offset));
-  const int64_t begin = panel * kMatmulW8A8PanelRows, left = a.n - begin;
-  const float* w_scale = a.w_scale + begin;
-  T* y = static_cast<T*>(a.y) + row * a.y_row_stride + begin;
-  const VecF x_scale = set1(a.x_scale[row]);
-  for_each_vec(left < kMatmulW8A8PanelRows ? left : kMatmulW8A8PanelRows, [&](auto in, auto out) {
-    const float* exact = sums;
-    out(y, mul(x_scale, mul(in(w_scale), in(exact))));
-  });
-}
 
 template <int kRows, int kPanels>
 void register_tile(const MatmulW8A8& a, int64_t row, int64_t panel) {
@@ -61,9 +45,7 @@ void register_tile(const MatmulW8A8& a, int64_t row, int64_t panel) {
   unroll<kRows>([&](auto r)
                     PE_INLINE { unroll<kPanels>([&](auto p) PE_INLINE { store_dots(raw[r][p], dots[r][p]); }); });
   for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kPanels; ++p)
-      a.dtype == DType::f32 ? store_columns<float>(a, row + r, panel + p, raw[r][p])
-                            : store_columns<bf16>(a, row + r, panel + p, raw[r][p]);
+    for (int p = 0; p < kPanels; ++p) store_columns(a, row + r, panel + p, raw[r][p]);
 }
 
 // All rows over kPanels panels, which stay in cache; the last rows in smaller tiles.

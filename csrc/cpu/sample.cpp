@@ -34,10 +34,20 @@ void check_row(const Sample& args, int64_t r) {
   expect(row.min_p >= 0 && row.min_p <= 1, "min_p", "a number from 0 to 1", std::to_string(row.min_p));
   expect(row.repetition_penalty > 0 && std::isfinite(row.repetition_penalty), "repetition_penalty",
          "a finite number > 0", std::to_string(row.repetition_penalty));
-  for (int64_t i = 0; i < row.num_previous_ids; ++i) {
-    const int32_t id = row.previous_ids[i];
-    expect(id >= 0 && id < args.vocab_size, "previous_ids", "token ids below the vocabulary size", std::to_string(id));
-  }
+  expect(std::isfinite(row.frequency_penalty), "frequency_penalty", "a finite number",
+         std::to_string(row.frequency_penalty));
+  expect(std::isfinite(row.presence_penalty), "presence_penalty", "a finite number",
+         std::to_string(row.presence_penalty));
+  const auto expect_ids = [&](const int32_t* ids, int64_t count, const char* name) {
+    for (int64_t i = 0; i < count; ++i)
+      expect(ids[i] >= 0 && ids[i] < args.vocab_size, name, "token ids below the vocabulary size",
+             std::to_string(ids[i]));
+  };
+  expect_ids(row.previous_ids, row.num_previous_ids, "previous_ids");
+  expect_ids(row.bias_ids, row.num_biases, "bias_ids");
+  expect_ids(row.banned_ids, row.num_banned_ids, "banned_ids");
+  for (int64_t i = 0; i < row.num_biases; ++i)
+    expect(std::isfinite(row.biases[i]), "biases", "finite numbers", std::to_string(row.biases[i]));
 }
 
 }  // namespace

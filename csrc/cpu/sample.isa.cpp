@@ -112,7 +112,7 @@ int64_t draw(const float* weights, int64_t n, double u) {
   return end - 1;
 }
 
-// --- one row ---------------------------------------------------------------------------------------------------------
+// --- cuts and draws --------------------------------------------------------------------------------------------------
 
 // The weights of the first `count` ranked tokens, into scratch.weights.
 void rank_weights(const Ranking& ranking, int64_t count, float largest, float temperature) {
@@ -194,21 +194,70 @@ int64_t sample_token(const Ranking& ranking, float largest, const SampleRow& row
   return scratch.ids[draw(scratch.weights, kept, u)];
 }
 
-const float* penalise(const float* logits, int64_t n, const SampleRow& row, float* out) {
-  if (row.repetition_penalty == 1.0f || row.num_previous_ids == 0) return logits;
-  memcpy(out, logits, static_cast<size_t>(n) * sizeof(float));
-  for (int64_t i = 0; i < row.num_previous_ids; ++i) {
-    const float logit = logits[row.previous_ids[i]];
-    out[row.previous_ids[i]] = logit > 0.0f ? logit / row.repetition_penalty : logit * row.repetition_penalty;
+// --- masks, biases, penalties ----------------------------------------------------------------------------------------
+
+// out = logits where the mask has a 1, -inf elsewhere; a NaN or +inf stays not finite in either case.
+void mask_logits(const float* logits, int64_t n, const uint32_t* mask, float* out) {
+  const VecF minus_infinity = set1(-INFINITY);
+  for (int64_t begin = 0; begin < n; begin += 32) {
+    const uint32_t word = mask[begin / 32];
+    const int64_t count = n - begin < 32 ? n - begin : 32;
+    const float* in_values = logits + begin;
+    float* out_values = out + begin;
+    if (word == 0) {
+      for_each_vec(count, [&](auto in, auto store) { store(out_values, add(in(in_values), minus_infinity)); });
+    } else {
+      for (int64_t i = 0; i < count; ++i) out_values[i] = in_values[i] + (word >> i & 1 ? 0.0f : -INFINITY);
+    }
   }
+}
+
+// counts: how often an id occurs in the output; only the entries of previous_ids are touched.
+void penalise(const SampleRow& row, float* out, int32_t* counts) {
+  const bool counts_output = row.frequency_penalty != 0.0f || row.presence_penalty != 0.0f;
+  for (int64_t i = 0; i < row.num_previous_ids; ++i) counts[row.previous_ids[i]] = 0;
+  if (counts_output)
+    for (int64_t i = row.num_prompt_ids; i < row.num_previous_ids; ++i) ++counts[row.previous_ids[i]];
+  constexpr int32_t kDone = -1;
+  for (int64_t i = 0; i < row.num_previous_ids; ++i) {
+    const int32_t id = row.previous_ids[i], count = counts[id];
+    if (count == kDone) continue;
+    counts[id] = kDone;
+    float logit = out[id];
+    if (row.repetition_penalty != 1.0f)
+      logit = logit > 0.0f ? logit / row.repetition_penalty : logit * row.repetition_penalty;
+    if (count > 0) {
+      logit -= row.frequency_penalty * static_cast<float>(count);
+      logit -= row.presence_penalty;
+    }
+    out[id] = logit;
+  }
+}
+
+// The logits after steps 1 to 4: `logits` themselves where none is on, `scratch.logits` otherwise.
+const float* adjust(const float* logits, int64_t n, const SampleRow& row, const SampleScratch& scratch) {
+  const bool has_penalty = row.num_previous_ids > 0 && (row.repetition_penalty != 1.0f ||
+                                                        row.frequency_penalty != 0.0f || row.presence_penalty != 0.0f);
+  if (!has_penalty && !row.allowed_mask && row.num_banned_ids == 0 && row.num_biases == 0) return logits;
+  float* out = scratch.logits;
+  if (row.allowed_mask) {
+    mask_logits(logits, n, row.allowed_mask, out);
+  } else {
+    memcpy(out, logits, static_cast<size_t>(n) * sizeof(float));
+  }
+  for (int64_t i = 0; i < row.num_banned_ids; ++i) out[row.banned_ids[i]] -= INFINITY;
+  for (int64_t i = 0; i < row.num_biases; ++i) out[row.bias_ids[i]] += row.biases[i];
+  if (has_penalty) penalise(row, out, scratch.ids);
   return out;
 }
+
+// --- one row ---------------------------------------------------------------------------------------------------------
 
 SampleStatus sample_row(const Sample& a, int64_t r, const SampleScratch& scratch) {
   const float* logits = a.logits + r * a.logits_row_stride;
   const SampleRow& row = a.rows[r];
   const int64_t num_blocks = sample_num_blocks(a.vocab_size);
-  const Ranking ranking{penalise(logits, a.vocab_size, row, scratch.logits), a.vocab_size, num_blocks, scratch};
+  const Ranking ranking{adjust(logits, a.vocab_size, row, scratch), a.vocab_size, num_blocks, scratch};
   if (!find_block_max(ranking.values, a.vocab_size, scratch.block_max)) return SampleStatus::not_finite;
   const float largest = row_max(scratch.block_max, num_blocks);
   if (largest == -INFINITY) return SampleStatus::no_token;

@@ -181,7 +181,7 @@ void Decoder::step(const Step& step) {
   check(step);
   place(step);
   const int num_workers = region_size();
-  Phases phases(num_workers);
+  Phases phases;
   reserve_scratch(num_workers);
   parallel_region(num_workers, [&](int worker_index) {
     Phases::Worker worker(phases, worker_index);

@@ -7,6 +7,9 @@
 
 #include "runtime/error.h"
 
+#if defined(PE_EMULATE_AMX)
+#include "runtime/tile_emulator.h"
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -128,6 +131,9 @@ Detected detect() {
     }
     out.isas.push_back(static_cast<Isa>(i));
   }
+#if defined(PE_EMULATE_AMX)
+  if (out.isas.back() == Isa::amx) install_tile_emulator();
+#endif
   return out;
 }
 
@@ -173,6 +179,14 @@ Isa set_active_isa(const std::string& name) {
 }
 
 std::string isa_limit_reason() { return detected().limit_reason; }
+
+const char* isa_emulation() {
+#if defined(PE_EMULATE_AMX)
+  return "amx: the tile unit is emulated; a build for tests, not a release";
+#else
+  return "";
+#endif
+}
 
 std::string cpu_name() {
 #if defined(__x86_64__)

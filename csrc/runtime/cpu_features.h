@@ -22,6 +22,9 @@ Isa set_active_isa(const std::string& name);
 // One line for `pyengine doctor`: what the next higher level lacks here, or "" if there is none.
 std::string isa_limit_reason();
 
+// "" in every build but one with PYENGINE_EMULATE_AMX: then what is emulated, and that the build is for tests.
+const char* isa_emulation();
+
 std::string cpu_name();
 
 }  // namespace pe

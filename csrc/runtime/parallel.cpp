@@ -32,17 +32,6 @@ inline void cpu_relax() {
 #endif
 }
 
-// Waits until `value` differs from `old`: spins first, then sleeps in the kernel.
-uint32_t wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
-  for (int i = 0; i < kSpins; ++i) {
-    const uint32_t now = value.load(std::memory_order_acquire);
-    if (now != old) return now;
-    cpu_relax();
-  }
-  value.wait(old, std::memory_order_acquire);
-  return value.load(std::memory_order_acquire);
-}
-
 thread_local bool t_inside = false;  // this thread runs a body: nested calls run alone
 
 struct Job {
@@ -70,12 +59,13 @@ class Pool {
   void run(const Job& job) {
     job_ = job;
     next_.store(0, std::memory_order_relaxed);
-    running_.store(static_cast<uint32_t>(num_threads_ - 1), std::memory_order_relaxed);
-    epoch_.fetch_add(1, std::memory_order_release);
+    const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+    gate_.store(uint64_t{epoch} << 32, std::memory_order_release);
+    epoch_.store(epoch, std::memory_order_release);
     epoch_.notify_all();
     execute(0);
-    uint32_t left;
-    while ((left = running_.load(std::memory_order_acquire)) != 0) wait_change(running_, left);
+    const uint32_t emptied = emptied_.load(std::memory_order_relaxed);
+    if (gate_.fetch_or(kClosed, std::memory_order_acq_rel) & kInside) wait_change(emptied_, emptied);
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
@@ -85,9 +75,23 @@ class Pool {
     for (;;) {
       seen = wait_change(epoch_, seen);
       if (stop_.load(std::memory_order_relaxed)) return;
+      if (!enter(seen)) continue;
       execute(worker);
-      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_all();
+      const uint64_t gate = gate_.fetch_sub(1, std::memory_order_acq_rel) - 1;
+      if ((gate & kClosed) && !(gate & kInside)) {
+        emptied_.fetch_add(1, std::memory_order_release);
+        emptied_.notify_all();
+      }
     }
+  }
+
+  // Whether the job of this epoch is still open; if so, its caller waits until this worker has left.
+  bool enter(uint32_t epoch) {
+    uint64_t gate = gate_.load(std::memory_order_relaxed);
+    do {
+      if (gate >> 32 != epoch || (gate & kClosed)) return false;
+    } while (!gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel, std::memory_order_relaxed));
+    return true;
   }
 
   void execute(int worker) {
@@ -117,7 +121,11 @@ class Pool {
   std::atomic<bool> stop_{false};
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<uint32_t> epoch_{0};
-  alignas(64) std::atomic<uint32_t> running_{0};
+  // [epoch | closed | number of workers inside]. Once its caller has found nothing left to do, a job is closed: a worker
+  // that the system wakes later than that is not waited for.
+  static constexpr uint64_t kClosed = uint64_t{1} << 31, kInside = kClosed - 1;
+  alignas(64) std::atomic<uint64_t> gate_{kClosed};
+  std::atomic<uint32_t> emptied_{0};  // counts jobs that were closed while workers were inside
 };
 
 std::mutex g_mutex;                 // one job at a time; also guards g_pool
@@ -156,6 +164,16 @@ void run(const Job& job, int count) {
 }
 
 }  // namespace
+
+uint32_t wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
+  for (int i = 0; i < kSpins; ++i) {
+    const uint32_t now = value.load(std::memory_order_acquire);
+    if (now != old) return now;
+    cpu_relax();
+  }
+  value.wait(old, std::memory_order_acquire);
+  return value.load(std::memory_order_acquire);
+}
 
 int available_cpus(const char* cgroup_root) {
   cpu_set_t set;
@@ -199,17 +217,6 @@ int region_size() { return t_inside ? 1 : num_threads(); }
 void detail::parallel_region(int num_workers, const void* body, WorkerFn call) {
   if (num_workers == 1) return call(body, 0);
   run(Job{body, nullptr, call, 0, 1}, num_workers);
-}
-
-void SpinBarrier::wait() {
-  const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_workers_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    phase_.notify_all();
-  } else {
-    wait_change(phase_, phase);
-  }
 }
 
 }  // namespace pe

@@ -36,24 +36,15 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
 // Workers that a region started here would have: num_threads(), or 1 inside a body.
 int region_size();
 
-// Calls body(worker) once on each of region_size() workers, as the caller read it before; for phases separated by a
-// SpinBarrier of that size. Bodies with a barrier may not throw.
+// Calls body(0) here, and body(worker) at the same time on each of the other region_size() workers, as the caller read
+// it before, that comes before body(0) returns: a worker whose core is busy may never come.
 template <class Body>
 void parallel_region(int num_workers, const Body& body) {
   detail::parallel_region(num_workers, &body,
                           [](const void* b, int worker) { (*static_cast<const Body*>(b))(worker); });
 }
 
-// Sense-reversing barrier for the workers of one region; spins for a bounded time, then sleeps.
-class SpinBarrier {
- public:
-  explicit SpinBarrier(int num_workers) : num_workers_(num_workers) {}
-  void wait();
-
- private:
-  const int num_workers_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
-};
+// Waits until `value` differs from `old`: spins for a bounded time, then sleeps. Returns the new value.
+uint32_t wait_change(const std::atomic<uint32_t>& value, uint32_t old);
 
 }  // namespace pe

@@ -22,7 +22,7 @@ from pyengine.nn import Linear, PackedPositions
 
 DAMPING = 0.01
 """Added to the diagonal of the input statistics, as a share of its mean."""
-MAX_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 
 Progress = Callable[[str, int, int], None]
 """Called as (name of the weight, weights done, weights in all) after each matrix."""
@@ -143,7 +143,7 @@ class _InputStatistics:
 def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     batch: list[Sequence[int]] = []
     for sequence in sequences:
-        if batch and sum(map(len, batch)) + len(sequence) > MAX_BATCH_TOKENS:
+        if batch and sum(map(len, batch)) + len(sequence) > BATCH_TOKENS:
             yield batch
             batch = []
         if len(sequence):

@@ -13,7 +13,7 @@ from pyengine.data.jsonl import Message, read_jsonl
 from pyengine.errors import ArgumentError
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
-MAX_TEXT_BYTES = 4 << 20
+READ_BYTES = 4 << 20
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -34,7 +34,8 @@ def read_sequences(
     """The first `max_tokens` tokens of a file, in sequences of at most `seq_len`.
 
     Args:
-        path: .jsonl with documents ("text") or conversations ("messages"), or else one text in UTF-8.
+        path: .jsonl with documents ("text") or conversations ("messages"), or else one text in UTF-8, of which the
+            first 4 MiB are read.
         template: makes texts of conversations.
 
     Raises:
@@ -74,15 +75,14 @@ def _texts(path: Path, template: ChatTemplate | None) -> Iterator[tuple[str, boo
 
 
 def _read_text(path: Path) -> str:
-    """The first 4 MiB."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_TEXT_BYTES)
+            data = file.read(READ_BYTES)
     except OSError as error:
         raise DataFileError(f"cannot be read: {error.strerror}", path=path) from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start > len(data) - 4 and len(data) == MAX_TEXT_BYTES:  # the cut went through a character
+        if error.start > len(data) - 4 and len(data) == READ_BYTES:  # the cut went through a character
             return data[: error.start].decode("utf-8")
         raise DataFileError(f"expected UTF-8, got another byte at {error.start}", path=path) from error

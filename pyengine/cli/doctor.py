@@ -30,6 +30,8 @@ def command(as_json: bool) -> None:
     click.echo(f"isa           {info['isa']} (this machine has {', '.join(info['available_isas'])})")
     if info["isa_limit_reason"]:
         click.echo(f"              {info['isa_limit_reason']}")
+    if info["isa_emulation"]:
+        click.echo(f"              {info['isa_emulation']}")
     click.echo(f"threads       {info['num_threads']} (CPUs granted: {_C.available_cpus()})")
     for name, version in info["packages"].items():
         click.echo(f"{name:13s} {version or 'missing'}")

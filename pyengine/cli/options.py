@@ -46,6 +46,10 @@ def sampling_options(function: F) -> F:
             click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep this much probability."),
             click.option("--min-p", type=float, default=0.0, show_default=True, help="Drop tokens below this share."),
             click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+            click.option("--frequency-penalty", type=float, default=0.0, show_default=True),
+            click.option("--presence-penalty", type=float, default=0.0, show_default=True),
+            click.option("--bad-word", "bad_words", multiple=True, help="Text that the answer must not hold."),
+            click.option("--min-tokens", type=int, default=0, show_default=True, help="Do not end before."),
             click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text."),
             click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times."),
         ]

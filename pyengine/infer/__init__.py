@@ -1,8 +1,22 @@
 """Inference: `LLM`, `AsyncLLM`, sampling options, results. Nothing here imports torch."""
 
 from pyengine.infer.async_llm import AsyncLLM
+from pyengine.infer.beam_search import BeamSearchParams
+from pyengine.infer.grammar import StructuredOutputError
 from pyengine.infer.llm import LLM
 from pyengine.infer.outputs import Completion, Score, TextPiece, TokenLogprobs
 from pyengine.infer.sampling_params import SamplingParams
+from pyengine.infer.structured_outputs import StructuredOutputs
 
-__all__ = ["LLM", "AsyncLLM", "Completion", "SamplingParams", "Score", "TextPiece", "TokenLogprobs"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "Completion",
+    "SamplingParams",
+    "Score",
+    "StructuredOutputError",
+    "StructuredOutputs",
+    "TextPiece",
+    "TokenLogprobs",
+]

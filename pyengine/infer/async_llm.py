@@ -86,12 +86,17 @@ class AsyncLLM:
         self, prompt: Prompt, params: SamplingParams | None, priority: int, cache_salt: str, *, is_stream: bool
     ) -> AsyncGenerator[TextPiece, None]:
         with self._engine.place() as place:
-            # A long text takes a while to encode.
-            arguments = ([prompt], params, priority, cache_salt)
-            if isinstance(prompt, str):
-                place.sequence = (await asyncio.to_thread(self.llm._sequences, *arguments))[0]
-            else:
-                place.sequence = self.llm._sequences(*arguments)[0]
+            if params is not None and params.num_drawn != 1:
+                raise ArgumentError(
+                    f"n: expected 1 of each request, got {params.num_drawn}; make several, with other seeds"
+                )
+
+            def start() -> Sequence:
+                group = self.llm._start([prompt], params, stream=is_stream, priority=priority, cache_salt=cache_salt)
+                return group[0][0]
+
+            # Encoding a text, compiling a grammar and scoring a prompt take a while.
+            place.sequence = await asyncio.to_thread(start)
             place.is_stream = is_stream
             self._engine.submit(place)
             while True:
@@ -115,8 +120,10 @@ class _Place:
 
     def take(self, sequence: Sequence) -> _Delivery:
         """What it has to hear now."""
-        items: _Delivery = [p for p in sequence.inbox if self.is_stream or p.completion is not None]
+        items: _Delivery = list(sequence.inbox) if self.is_stream else []
         sequence.inbox.clear()
+        if sequence.finish_reason is not None and not self.is_stream:
+            items.append(TextPiece("", [], sequence.completion()))
         return items if sequence.failure is None else [*items, sequence.failure]
 
 
@@ -202,12 +209,12 @@ class _EngineThread:
                 if place in active:
                     scheduler.cancel(active.pop(place))
             # Steps of callers of the LLM itself serve these requests too.
-            if active and not any(sequence.inbox or sequence.failure for sequence in active.values()):
+            if active and not any(sequence.inbox or sequence.has_ended for sequence in active.values()):
                 scheduler.step()
             news = {place: items for place, sequence in active.items() if (items := place.take(sequence))}
         lost = _deliver(news)
         for place, sequence in list(active.items()):
-            if sequence.finish_reason is not None or sequence.failure is not None:
+            if sequence.has_ended:
                 del active[place]
             elif place in lost:
                 with self._llm._lock:

@@ -28,6 +28,14 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None
     """One entry per token, if asked for."""
+    stop_reason: int | str | None = None
+    """The stop string, or the id of stop_token_ids that ended the text; None for the model's own end tokens."""
+    index: int = 0
+    """Which of the completions drawn for its prompt this is."""
+    cumulative_logprob: float | None = None
+    """Log-probability of the whole completion and of the token that ended it, if logprobs or best_of asked for it."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One entry per token of the prompt, if asked for; the first has none."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class TextPiece:
     text: str
     token_ids: list[int]
     completion: Completion | None = None
+    index: int = 0
+    """Which of the completions of the prompt it belongs to."""
 
 
 @dataclass(frozen=True)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from pyengine import _C
+from pyengine.errors import ArgumentError
 from pyengine.infer.outputs import TokenLogprobs
-from pyengine.infer.sampling_params import SamplingParams
+from pyengine.infer.sequence import Sequence
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
 _NO_ROWS = np.empty(0, np.int32)
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """One row of a step to draw a token from: its index, the options, and the tokens of its sequence so far."""
-
-    row: int
-    params: SamplingParams
-    token_ids: list[int]
+# Rows of prompt logits that are in memory at a time.
+_MOST_RANKED_ROWS = 64
 
 
 class Runner:
@@ -32,18 +24,28 @@ class Runner:
     def __init__(self, decoder: _C.Decoder, vocab_size: int) -> None:
         self.decoder = decoder
         self.vocab_size = vocab_size
-
-    @property
-    def max_tokens(self) -> int:
+        self.max_tokens = int(decoder.max_tokens)
         """The most tokens of one step."""
-        return int(self.decoder.max_tokens)
+        self._sampler = _C.Sampler(decoder)
 
-    def step(self, token_ids: list[int], slots: list[int], rows: list[SampleRow]) -> list[TokenLogprobs]:
-        """Append tokens to their sequences and draw the next token after each of `rows`."""
-        indices = np.array([row.row for row in rows], np.int32)
-        logits = np.empty((len(rows), self.vocab_size), np.float32)
-        self.decoder.step(np.array(token_ids, np.int32), np.array(slots, np.int32), indices, logits=logits)
-        return sample(logits, rows) if rows else []
+    def step(
+        self, token_ids: list[int], slots: list[int], rows: list[int], sequences: list[Sequence]
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Append tokens to their sequences and draw the token that follows token rows[i] of this step, the last one of
+        sequences[i].
+
+        Returns token ids, negative where none could be drawn, and their log-probabilities where asked for.
+        """
+        num_logprobs = [sequence.num_logprobs for sequence in sequences]
+        most = max(num_logprobs, default=-1)
+        for sequence in sequences:
+            if sequence.grammar is not None:
+                sequence.sample_state.set_mask(sequence.grammar.mask())
+        drawn = self._sampler.step(token_ids, slots, rows, [sequence.sample_state for sequence in sequences], most)
+        ids = drawn.token_ids
+        if most < 0:
+            return ids, [None] * len(ids)
+        return ids, _logprobs(drawn, most, num_logprobs)
 
     def logits(self, token_ids: Int32) -> Float32:
         """Logits after each token of a sequence of its own: [T, vocab_size]."""
@@ -59,6 +61,42 @@ class Runner:
         out = np.empty(len(token_ids), np.float32)
         self._walk(token_ids, None, targets, out, first, salt)
         return out[first:]
+
+    def prompt_logprobs(self, token_ids: Int32, num_top: int) -> list[TokenLogprobs | None]:
+        """Log-probability of every token of a sequence of its own after those before it, and the `num_top` likeliest
+        tokens in its place; None for the first."""
+        num_rows = len(token_ids) - 1
+        targets = np.ascontiguousarray(token_ids[1:])
+        if num_top == 0:
+            values = self.target_logprobs(token_ids[:-1], targets, 0).tolist() if num_rows else []
+            return [None, *map(TokenLogprobs, targets.tolist(), values)]
+        out: list[TokenLogprobs | None] = [None]
+        size = min(self.max_tokens, _MOST_RANKED_ROWS)
+        logits = np.empty((size, self.vocab_size), np.float32)
+        logprobs = np.empty(size, np.float32)
+        states = [_C.SampleState(self.vocab_size) for _ in range(size)]
+        seq = self.decoder.add_sequence()
+        try:
+            for begin in range(0, num_rows, size):
+                count = min(size, num_rows - begin)
+                self.decoder.grow(seq, count)
+                self.decoder.step(
+                    token_ids[begin : begin + count],
+                    np.full(count, seq, np.int32),
+                    np.arange(count, dtype=np.int32),
+                    logits=logits[:count],
+                    targets=targets[begin : begin + count],
+                    target_logprobs=logprobs[:count],
+                )
+                drawn = _C.draw(logits[:count], states[:count], num_top)
+                if min(drawn.token_ids) < 0:
+                    raise ArgumentError("logits: expected numbers or -inf, got nan or inf")
+                ranked = _logprobs(drawn, num_top, [num_top] * count)
+                entries = zip(targets[begin : begin + count].tolist(), logprobs[:count].tolist(), ranked, strict=True)
+                out += [TokenLogprobs(token, value, row.top) for token, value, row in entries if row is not None]
+        finally:
+            self.decoder.free_sequence(seq)
+        return out
 
     def _walk(
         self,
@@ -89,37 +127,12 @@ class Runner:
             self.decoder.free_sequence(seq)
 
 
-def sample(logits: Float32, rows: list[SampleRow]) -> list[TokenLogprobs]:
-    """Draw one token per row of logits [R, vocab_size]; depends on its logits, options, seed and position alone."""
-    params = [row.params for row in rows]
-    # The penalty reads the tokens so far; nothing else does.
-    history = [row.token_ids if row.params.repetition_penalty != 1.0 else [] for row in rows]
-    num_rows, num_logprobs = len(rows), max(p.logprobs or 0 for p in params)
-    token_ids, logprobs = np.empty(num_rows, np.int32), np.empty(num_rows, np.float32)
-    top_ids = np.empty((num_rows, num_logprobs), np.int32)
-    top_logprobs = np.empty((num_rows, num_logprobs), np.float32)
-    _C.sample_cpu(
-        logits=logits,
-        temperature=np.array([p.temperature for p in params], np.float32),
-        top_k=np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
-        top_p=np.array([p.top_p for p in params], np.float32),
-        min_p=np.array([p.min_p for p in params], np.float32),
-        repetition_penalty=np.array([p.repetition_penalty for p in params], np.float32),
-        seed=np.array([p.seed for p in params], np.uint64).view(np.int64),
-        sequence=np.zeros(num_rows, np.int64),
-        position=np.array([len(row.token_ids) for row in rows], np.int64),
-        previous_ids=np.array([token for ids in history for token in ids], np.int32),
-        previous_offsets=np.cumsum([0, *map(len, history)], dtype=np.int64),
-        token_ids=token_ids,
-        logprobs=logprobs,
-        top_ids=top_ids if num_logprobs else None,
-        top_logprobs=top_logprobs if num_logprobs else None,
-    )
-    return [
-        TokenLogprobs(
-            int(token_ids[i]),
-            float(logprobs[i]),
-            dict(zip(top_ids[i, :wanted].tolist(), top_logprobs[i, :wanted].tolist(), strict=True)),
-        )
-        for i, wanted in enumerate(p.logprobs or 0 for p in params)
-    ]
+def _logprobs(drawn: _C.Drawn, most: int, wanted: list[int]) -> list[TokenLogprobs | None]:
+    """Each row's own number of alternatives out of the `most` that were ranked."""
+    top_ids, top_logprobs = drawn.top_ids, drawn.top_logprobs
+    out: list[TokenLogprobs | None] = []
+    for row, (token_id, logprob, count) in enumerate(zip(drawn.token_ids, drawn.logprobs, wanted, strict=True)):
+        top = slice(row * most, row * most + max(count, 0))
+        entry = TokenLogprobs(token_id, logprob, dict(zip(top_ids[top], top_logprobs[top], strict=True)))
+        out.append(None if count < 0 else entry)
+    return out

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyengine.errors import ArgumentError, CapacityError
-from pyengine.infer.runner import Runner, SampleRow
+from pyengine.infer.runner import Runner
 from pyengine.infer.sequence import Sequence
 
 MAX_RUNNING = 256
@@ -94,7 +94,7 @@ class Scheduler:
         return not self._waiting and not self._running
 
     def step(self) -> None:
-        """One native step. Puts a text piece into the inbox of each sequence that got a token.
+        """One native step. Each sequence that got a token accepts it.
 
         An error of the step becomes the failure of the sequences in it, and of no other.
         """
@@ -104,26 +104,23 @@ class Scheduler:
         token_ids: list[int] = []
         slots: list[int] = []
         sampled: list[Sequence] = []
-        rows: list[SampleRow] = []
+        rows: list[int] = []
         for sequence, slot, chunk in plan:
             token_ids += chunk
             slots += [slot] * len(chunk)
             sequence.num_cached += len(chunk)
             if sequence.num_cached == sequence.num_tokens:
                 sampled.append(sequence)
-                rows.append(
-                    SampleRow(len(token_ids) - 1, sequence.params, sequence.prompt_token_ids + sequence.token_ids)
-                )
+                rows.append(len(token_ids) - 1)
         try:
-            for sequence, token in zip(sampled, self._runner.step(token_ids, slots, rows), strict=True):
-                piece = sequence.accept(token)
-                sequence.inbox.append(piece)
-                if piece.completion is not None:
+            tokens, logprobs = self._runner.step(token_ids, slots, rows, sampled)
+            for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+                if sequence.accept(token, logprob):
                     self.cancel(sequence)
         except BaseException as error:
             # Tokens may be computed and not accepted: none of these can go on.
             for sequence, _, _ in plan:
-                if sequence.finish_reason is None:
+                if not sequence.has_ended:
                     self._fail(sequence, error if isinstance(error, Exception) else RuntimeError("step: interrupted"))
             if not isinstance(error, Exception):
                 raise

@@ -109,6 +109,8 @@ def sample(
     their random number. previous_ids int32 [N] holds the tokens that repetition_penalty applies to, row after row;
     previous_offsets int64 [B + 1] says where each row begins and the last one ends.
 
+    Masks, biases and the penalties that count belong to sequences with a history: pyengine._C.SampleState.
+
     logprobs and top_logprobs are of the raw logits, before every setting. Not differentiable.
 
     Raises ArgumentError for a setting out of its range, for NaN or +inf in a row and for a row of -inf.

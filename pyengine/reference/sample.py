@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,40 @@ def penalise(logits: NDArray[np.float32], previous_ids: Iterable[int], penalty: 
     for i in set(previous_ids):
         out[i] = out[i] / factor if out[i] > 0 else out[i] * factor
     return out
+
+
+def adjust(
+    logits: NDArray[np.float32],
+    *,
+    allowed: NDArray[np.bool_] | None = None,
+    banned_ids: Iterable[int] = (),
+    biases: Mapping[int, float] | None = None,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    previous_ids: Sequence[int] = (),
+    num_prompt_ids: int = 0,
+) -> NDArray[np.float32]:
+    """Steps 1 to 4: masks, biases, repetition, frequency and presence penalty, each operation rounded to f32."""
+    out = logits.copy()
+    if allowed is not None:
+        out[~allowed] = -np.inf
+    out[list(banned_ids)] = -np.inf
+    for i, bias in (biases or {}).items():
+        out[i] += np.float32(bias)
+    out = penalise(out, previous_ids, repetition_penalty)
+    for i, count in Counter(previous_ids[num_prompt_ids:]).items():
+        out[i] -= np.float32(frequency_penalty) * np.float32(count)
+        out[i] -= np.float32(presence_penalty)
+    return out
+
+
+def banned_by_words(output_ids: Sequence[int], words: Iterable[Sequence[int]]) -> set[int]:
+    """The last token of every word whose other tokens end the output."""
+    out = list(output_ids)
+    return {
+        word[-1] for word in words if out[len(out) - len(word) + 1 :] == list(word[:-1]) and len(word) <= len(out) + 1
+    }
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,10 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
+
+
+# Bytes of the tokens that have come, for the decoders of one tokenizer: looking a token up costs more than decoding it.
+_BYTES: weakref.WeakKeyDictionary[Tokenizer, dict[int, bytes]] = weakref.WeakKeyDictionary()
 
 
 class StreamDecoder:
@@ -30,17 +35,23 @@ class StreamDecoder:
         self._is_byte_level = _is_byte_level(tokenizer.decoder)
         if not self._is_byte_level and (reason := _unstable_part(tokenizer.decoder)):
             raise ArgumentError(f"tokenizer: expected a decoder that can stream, got {reason}")
+        self._bytes = _BYTES.setdefault(tokenizer, {})
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._context: list[int] = []
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
         """The text that is certain now that `token_id` has come; may be empty."""
+        if self._is_byte_level:
+            known = self._bytes.get(token_id)
+            if known is not None:
+                return "" if token_id in self._skipped else self._utf8.decode(known)
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._skipped:
             return ""
         if self._is_byte_level:
-            return self._utf8.decode(token_bytes(token))
+            self._bytes[token_id] = token_bytes(token)
+            return self._utf8.decode(self._bytes[token_id])
         self._pending.append(token_id)
         return "" if _BYTE_TOKEN.match(token) else self._flush()
 

@@ -122,6 +122,12 @@ class Tokenizer:
             text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def to_json(self) -> str:
+        """The tokenizer.json."""
+        with typed_errors(lambda reason: ArgumentError(f"tokenizer: {reason}")):
+            text: str = self._tokenizer.to_str()
+        return text
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read."""
         folder = Path(folder)

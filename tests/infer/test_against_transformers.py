@@ -8,6 +8,7 @@ transformers = pytest.importorskip("transformers")
 from infer.transformers_peer import greedy, logits, to_exact  # noqa: E402
 
 from pyengine import LLM, SamplingParams  # noqa: E402
+from pyengine.infer import BeamSearchParams  # noqa: E402
 from pyengine.testing import assert_accurate  # noqa: E402
 from pyengine.testing.tiny import tiny_llama, write_tiny_tokenizer  # noqa: E402
 
@@ -86,3 +87,21 @@ def test_greedy_text_is_the_same(tmp_path, variant):
     completions = LLM(folder, cache_tokens=1024).generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True))
     assert [completion.token_ids for completion in completions] == expected
     assert len({token for ids in expected for token in ids}) > 8, "degenerate text tests nothing"
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_beam_search_is_the_same(tmp_path, length_penalty):
+    folder = make_folder(tmp_path, {}, torch.float32)
+    peer = load(folder, torch.float32)
+    for length, width in ((1, 2), (9, 4), (40, 6)):
+        prompt = random_ids(length, length)
+        expected = peer.generate(
+            torch.tensor([prompt]), num_beams=width, num_return_sequences=width, max_new_tokens=12, do_sample=False,
+            length_penalty=length_penalty, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True,
+            output_scores=True,
+        )  # fmt: skip
+        params = BeamSearchParams(beam_width=width, max_tokens=12, length_penalty=length_penalty, ignore_eos=True)
+        beams = LLM(folder).beam_search([prompt], params)
+        assert [beam.token_ids for beam in beams] == expected.sequences[:, length:].tolist()
+        scores = [beam.cumulative_logprob / 12**length_penalty for beam in beams]
+        assert scores == pytest.approx(expected.sequences_scores.tolist(), abs=1e-4)

@@ -174,7 +174,7 @@ def test_common_prefixes_with_preemption_and_eviction(tiny):
 def test_a_preempted_sequence_starts_from_its_own_pages(tiny):
     llm = engine(tiny, cache_tokens=8 * PAGE)
     alone = [llm.generate([[i] * 20], PARAMS, cache_salt="alone")[0] for i in (5, 6)]
-    low = llm._sequences([[5] * 20], PARAMS)[0]
+    low = llm._start([[5] * 20], PARAMS, stream=True)[0][0]
     llm._scheduler.add(low)
     while low.num_cached < 40:
         llm._scheduler.step()

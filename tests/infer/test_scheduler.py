@@ -23,7 +23,7 @@ def engine(model, **options):
 
 
 def add(llm, prompt, params=GREEDY, **options):
-    sequence = llm._sequences([prompt], params, **options)[0]
+    sequence = llm._start([prompt], params, stream=True, **options)[0][0]
     llm._scheduler.add(sequence)
     return sequence
 

@@ -1,7 +1,8 @@
-// The thread pool: every index once, exceptions, nesting, callers in turns, resizing, regions with barriers, fork.
+// The thread pool: every index once, exceptions, nesting, callers in turns, resizing, regions with phases, fork.
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -12,12 +13,13 @@
 #include <vector>
 
 #include "check.h"
+#include "engine/phases.h"
 #include "runtime/error.h"
 #include "runtime/parallel.h"
 
 namespace {
 
-// Where the machine is busy, a small job waits for every worker to be scheduled: the stress ends early there.
+// The stress ends early where the machine is busy.
 constexpr int kSmallJobs = 100'000, kLeastJobs = 2'000;
 constexpr auto kStressTime = std::chrono::seconds(10);
 
@@ -114,35 +116,54 @@ void callers_in_turns() {
   for (const int64_t sum : sums) CHECK(sum == 100 * 45);
 }
 
-// Each phase reads what the neighbours wrote in the one before: a barrier that lets a worker through early is a data
-// race and a wrong value.
+// Each phase reads what the one before wrote under other items: a phase that begins before the last has ended is a data
+// race and a wrong value. Workers leave and come late at random.
 void phases() {
   for (const int threads : {1, 2, 3, 5}) {
     pe::set_num_threads(threads);
     const int num_workers = pe::region_size();
-    const auto size = static_cast<size_t>(num_workers);
-    std::vector<int64_t> now(size), next(size);
+    constexpr size_t kItems = 13;
     constexpr int kPhases = 200;
-    for (int round = 0; round < 3; ++round) {
+    std::vector<int64_t> now(kItems), next(kItems);
+    for (int round = 0; round < 20; ++round) {
       std::fill(now.begin(), now.end(), 1);
-      pe::SpinBarrier barrier(num_workers);
-      std::vector<int> calls(size);
-      pe::parallel_region(num_workers, [&](int worker) {
-        const auto w = static_cast<size_t>(worker);
-        ++calls[w];
+      pe::Phases shared;
+      std::vector<std::atomic<int>> calls(static_cast<size_t>(num_workers));
+      pe::parallel_region(num_workers, [&](int index) {
+        ++calls[static_cast<size_t>(index)];
+        pe::Phases::Worker worker(shared, index);
         for (int phase = 0; phase < kPhases; ++phase) {
-          next[w] = (now[w] + now[(w + 1) % size] + phase) % 1'000'003;
-          barrier.wait();
-          now[w] = next[w];
-          barrier.wait();
+          if (index > 0 && phase % 50 == index) std::this_thread::sleep_for(std::chrono::microseconds(200));
+          worker.run(0, 1, [](int64_t, int64_t) { CHECK(false); });
+          worker.run(kItems, 1 + phase % 4, [&](int64_t begin, int64_t end) {
+            for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i)
+              next[i] = (now[i] + now[(i + 1) % kItems] + phase) % 1'000'003;
+          });
+          worker.run(kItems, 5,
+                     [&](int64_t begin, int64_t end) { std::copy(&next[begin], &next[0] + end, &now[begin]); });
         }
       });
-      for (const int count : calls) CHECK(count == 1);
+      CHECK(calls[0] == 1);
+      for (const std::atomic<int>& count : calls) CHECK(count <= 1);
       int64_t expected = 1;
       for (int phase = 0; phase < kPhases; ++phase) expected = (2 * expected + phase) % 1'000'003;
       for (const int64_t value : now) CHECK(value == expected);
     }
   }
+}
+
+// All workers come where there is work enough.
+void everybody_comes() {
+  pe::set_num_threads(3);
+  std::vector<std::atomic<int>> seen(3);
+  const auto start = std::chrono::steady_clock::now();
+  pe::parallel_region(pe::region_size(), [&](int worker) {
+    ++seen[static_cast<size_t>(worker)];
+    const auto all_came = [&] { return seen[0] + seen[1] + seen[2] == 3; };
+    while (!all_came() && std::chrono::steady_clock::now() - start < kStressTime)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  });
+  for (const std::atomic<int>& count : seen) CHECK(count == 1);
 }
 
 // Regions and loops in any order, as a decoder that serves while another thread trains.
@@ -157,12 +178,12 @@ void mixed() {
   });
   for (int i = 0; i < 100; ++i) {
     const int num_workers = pe::region_size();
-    pe::SpinBarrier barrier(num_workers);
-    std::vector<int> seen(static_cast<size_t>(num_workers));
-    pe::parallel_region(num_workers, [&](int worker) {
-      seen[static_cast<size_t>(worker)] = 1;
-      barrier.wait();
-      CHECK(std::accumulate(seen.begin(), seen.end(), 0) == num_workers);
+    pe::Phases shared;
+    std::vector<int> seen(40);
+    pe::parallel_region(num_workers, [&](int index) {
+      pe::Phases::Worker worker(shared, index);
+      worker.run(40, 1, [&](int64_t begin, int64_t) { seen[static_cast<size_t>(begin)] = 1; });
+      CHECK(std::accumulate(seen.begin(), seen.end(), 0) == 40);
     });
   }
   other.join();
@@ -198,6 +219,7 @@ int main(int argc, char** argv) {
   nesting();
   callers_in_turns();
   phases();
+  everybody_comes();
   mixed();
   // ThreadSanitizer does not follow threads that a child of a process with threads starts.
   if (argc > 1 && std::string(argv[1]) == "fork") forks();

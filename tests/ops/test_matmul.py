@@ -100,19 +100,29 @@ def test_rounds_once_to_the_output_dtype(isa, dtype, out_dtype):
     assert matmul(x, w).dtype == dtype
 
 
+def _chain(left, right, columns):
+    """Fused multiply-adds from 0: a product of two bf16 has 16 bits, so each is an exact f64 sum rounded to f32."""
+    total = np.zeros((len(left), len(right)), np.float32)
+    for k in columns:
+        total = (total.astype(np.float64) + np.outer(left[:, k], right[:, k])).astype(np.float32)
+    return total
+
+
 def test_adds_in_the_order_of_the_contract(isa):
-    # A product of two bf16 has 16 bits, so each fused multiply-add is an exact f64 sum rounded to f32.
     torch.manual_seed(0)
-    x, w = torch.randn(14, 600).bfloat16(), torch.randn(37, 600).bfloat16()
+    x, w = torch.randn(14, 601).bfloat16(), torch.randn(37, 601).bfloat16()
     left, right = x.double().numpy(), w.double().numpy()
-    total = np.zeros((14, 37), np.float32)
-    for begin in range(0, 600, 256):
-        block = np.zeros((14, 37), np.float32)
-        for k in range(begin, min(begin + 256, 600)):
-            block = (block.astype(np.float64) + np.outer(left[:, k], right[:, k])).astype(np.float32)
-        total += block
+    vectors, tiles = np.zeros((14, 37), np.float32), np.zeros((14, 37), np.float32)
+    for begin in range(0, 601, 256):
+        vectors += _chain(left, right, range(begin, min(begin + 256, 601)))
+    for begin in range(0, 601, 32):
+        end = min(begin + 32, 601)
+        tiles += _chain(left, right, range(begin, end, 2)) + _chain(left, right, range(begin + 1, end, 2))
+    assert (tiles != vectors).any()
     for dtype in DTYPES:
-        assert_same_bits(matmul(x.to(dtype), w.to(dtype), out_dtype=torch.float32), torch.from_numpy(total))
+        expected = tiles if (isa, dtype) == ("amx", torch.bfloat16) else vectors
+        got = matmul(x.to(dtype), w.to(dtype), out_dtype=torch.float32)
+        assert_same_bits(got, torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,18 +134,20 @@ def test_a_row_does_not_depend_on_the_others(isa, dtype):
         assert_same_bits(matmul(x[45 - count :], w, out_dtype=torch.float32), whole[45 - count :])
 
 
-def test_a_column_does_not_depend_on_the_others(isa):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_column_does_not_depend_on_the_others(isa, dtype):
     torch.manual_seed(0)
-    x, w = torch.randn(13, 300), torch.randn(83, 300)
+    x, w = torch.randn(13, 300).to(dtype), torch.randn(83, 300).to(dtype)
     whole = matmul(x, w)
     for count in (1, 15, 16, 17, 48, 80):
         assert_same_bits(matmul(x, w[:count]), whole[:, :count])
         assert_same_bits(matmul(x, w[83 - count :]), whole[:, 83 - count :])
 
 
-def test_same_bits_for_any_number_of_threads(isa):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_for_any_number_of_threads(isa, dtype):
     torch.manual_seed(0)
-    x, w, grad_y = torch.randn(401, 300), torch.randn(500, 300), torch.randn(401, 500)
+    x, w, grad_y = (torch.randn(shape).to(dtype) for shape in [(401, 300), (500, 300), (401, 500)])
     results = []
     for count in (1, 2, 3):
         with force_num_threads(count):
@@ -195,19 +207,22 @@ def test_packed_product_mixes_dtypes(isa, x_dtype, w_dtype, y_dtype):
     x, w = torch.randn(9, 300).to(x_dtype), torch.randn(100, 300).to(w_dtype)
     y = torch.empty(9, 100, dtype=y_dtype)
     _C.matmul_cpu(x, _pack(w), y)
-    assert_same_bits(y, matmul(x.float(), w.float()).to(y_dtype))
+    tiles = isa == "amx" and x_dtype == w_dtype == torch.bfloat16
+    expected = matmul(x, w, out_dtype=torch.float32) if tiles else matmul(x.float(), w.float())
+    assert_same_bits(y, expected.to(y_dtype))
 
 
-def test_accumulates_from_what_y_holds(isa):
-    x, w, y = _integers(14, 300), _integers(37, 300), _integers(14, 37)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accumulates_from_what_y_holds(isa, dtype):
+    x, w, y = _integers(14, 300, dtype=dtype), _integers(37, 300, dtype=dtype), _integers(14, 37)
     expected = y + _exact(x, w)
     _C.matmul_cpu(x, _pack(w), y, accumulate=True)
     assert_same_bits(y, expected)
     # Two halves of whole K blocks add up to the bits of one product.
-    x, w = torch.randn(14, 700), torch.randn(37, 700)
-    y = matmul(x[:, :512], w[:, :512])
+    x, w = torch.randn(14, 700).to(dtype), torch.randn(37, 700).to(dtype)
+    y = matmul(x[:, :512], w[:, :512], out_dtype=torch.float32)
     _C.matmul_cpu(x[:, 512:], _pack(w[:, 512:]), y, accumulate=True)
-    assert_same_bits(y, matmul(x, w))
+    assert_same_bits(y, matmul(x, w, out_dtype=torch.float32))
 
 
 def test_writes_only_its_columns_of_y(isa):
@@ -218,12 +233,14 @@ def test_writes_only_its_columns_of_y(isa):
     assert (canvas[:, 31:] == 99).all()
 
 
-def test_nan_and_inf_stay_in_their_row_and_column(isa):
-    x, w = torch.ones(15, 20), torch.ones(37, 20)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_inf_stay_in_their_row_and_column(isa, dtype):
+    # 17 rows and 21 columns leave most of a second tile to padding.
+    x, w = torch.ones(17, 21), torch.ones(37, 21)
     x[1, 7], x[4, 0] = float("nan"), float("inf")
     w[17, 3], w[20, 2] = float("nan"), float("-inf")
-    y = matmul(x, w)
-    expected = torch.full((15, 37), 20.0)
+    y = matmul(x.to(dtype), w.to(dtype), out_dtype=torch.float32)
+    expected = torch.full((17, 37), 21.0)
     expected[4], expected[:, 20] = float("inf"), float("-inf")
     expected[4, 20] = float("-inf") + float("inf")
     expected[1], expected[:, 17] = float("nan"), float("nan")

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -104,6 +105,32 @@ def test_same_bits_on_every_isa_level(block_format):
                 assert_same_bits(run(x, raw, block_format), expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("block_format", ["q4_0", "q8_0"])
+def test_adds_in_the_order_of_the_contract(isa, block_format, dtype):
+    """With a power of two for d, every fused multiply-add is an exact f64 sum rounded to f32."""
+    torch.manual_seed(0)
+    raw = random_blocks(block_format, 21, 96).reshape(21, 3, -1)
+    raw[:, :, :2] = torch.tensor([0.125], dtype=torch.float16).view(torch.uint8)
+    raw = raw.flatten(1)
+    x = torch.randn(18, 96).bfloat16()
+    left, codes = x.double().numpy(), (dequantize(raw, block_format, torch.float64) * 8).numpy()
+
+    def chain(columns):
+        s = np.zeros((18, 21), np.float32)
+        for k in columns:
+            s = (s.astype(np.float64) + np.outer(left[:, k], codes[:, k])).astype(np.float32)
+        return s
+
+    total = np.zeros((18, 21), np.float32)
+    for k in range(0, 96, 32):
+        tiles = isa == "amx" and dtype == torch.bfloat16
+        s = chain(range(k, k + 32, 2)) + chain(range(k + 1, k + 32, 2)) if tiles else chain(range(k, k + 32))
+        total = (total.astype(np.float64) + 0.125 * s.astype(np.float64)).astype(np.float32)
+    got = run(x.to(dtype), raw, block_format, out_dtype=torch.float32)
+    assert_same_bits(got, torch.from_numpy(total))
+
+
 def test_same_bits_for_any_number_of_threads(isa):
     for m, n in [(1, 600), (200, 70)]:
         x, raw = torch.randn(m, 64), random_blocks("q4_1", n, 64)
@@ -136,10 +163,11 @@ def test_writes_only_its_columns(isa):
     assert (y[:, 22:] == 7).all()
 
 
-@pytest.mark.parametrize("num_rows", [1, 9])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 9, 17])
 @pytest.mark.parametrize("block_format", FORMATS)
-def test_nan_and_inf_of_an_activation_stay_in_their_row(isa, block_format, num_rows):
-    x, raw = torch.randn(num_rows + 1, 64), random_blocks(block_format, 20, 64)
+def test_nan_and_inf_of_an_activation_stay_in_their_row(isa, block_format, num_rows, dtype):
+    x, raw = torch.randn(num_rows + 1, 64).to(dtype), random_blocks(block_format, 20, 64)
     for bad in (torch.nan, torch.inf):
         x[0, 40] = bad
         y = run(x, raw, block_format)

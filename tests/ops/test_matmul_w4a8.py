@@ -147,7 +147,7 @@ def test_a_column_does_not_depend_on_its_panel(isa, block_format):
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_same_bits_on_every_isa_level(block_format):
-    for m, n, k in [(1, 70, 96), (17, 35, 64)]:
+    for m, n, k in [(1, 70, 96), (9, 70, 96), (17, 35, 64), (130, 50, 96)]:
         x, raw = torch.randn(m, k), random_blocks(block_format, n, k)
         expected = run(x, raw, block_format)
         for name in _C.available_isas():

@@ -138,6 +138,49 @@ def test_the_reference_keeps_what_transformers_keeps(settings):
         np.testing.assert_allclose(weights / weights.sum(), expected[r], rtol=1e-5)
 
 
+def test_the_reference_adjusts_as_transformers_does():
+    rng = np.random.default_rng(0)
+    words = [[3], [5, 6], [6, 6], [1, 2, 3], [9, 9, 9]]
+    biases = {4: 2.5, 7: -100.0, 199: 31.25}
+    end_ids = [2, 11]
+    num_banned = 0
+    for num_output in range(60):
+        logits = 3 * rng.standard_normal(200).astype(np.float32)
+        prompt, output = rng.integers(0, 12, 8).tolist(), rng.integers(0, 12, num_output).tolist()
+        processors = [
+            hf.MinNewTokensLengthLogitsProcessor(8, 20, end_ids, device="cpu"),
+            hf.SequenceBiasLogitsProcessor([[[i], bias] for i, bias in biases.items()]),
+            hf.RepetitionPenaltyLogitsProcessor(1.3),
+        ]
+        # Bad words look at the output alone.
+        scores = hf.NoBadWordsLogitsProcessor(words)(torch.tensor([output]), torch.from_numpy(logits)[None].clone())
+        for processor in processors:
+            scores = processor(torch.tensor([prompt + output]), scores)
+        banned = reference.banned_by_words(output, words)
+        num_banned += len(banned - {3})
+        adjusted = reference.adjust(
+            logits,
+            banned_ids=banned | set(end_ids if num_output < 20 else ()),
+            biases=biases,
+            repetition_penalty=1.3,
+            previous_ids=prompt + output,
+            num_prompt_ids=8,
+        )
+        np.testing.assert_array_equal(adjusted, scores[0].numpy())
+    assert num_banned > 5
+
+
+def test_the_reference_counts_the_output_alone():
+    """OpenAI's formula: logit - count * frequency_penalty - (count > 0) * presence_penalty."""
+    logits = np.arange(6, dtype=np.float32)
+    previous = [0, 1, 1, 1, 4, 5, 4, 4]
+    adjusted = reference.adjust(
+        logits, previous_ids=previous, num_prompt_ids=3, frequency_penalty=0.5, presence_penalty=0.25
+    )
+    counts = np.bincount(previous[3:], minlength=6)
+    np.testing.assert_array_equal(adjusted, logits - 0.5 * counts - 0.25 * (counts > 0))
+
+
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
 def test_chi_square_of_200k_draws(settings):
     logits = np.random.default_rng(3).standard_normal(64).astype(np.float32)
@@ -283,6 +326,25 @@ def test_touches_no_byte_outside_its_tensors(isa, vocab_size, at_end):
     for settings in (MIXED | {"num_logprobs": 1}, {"temperature": 0.0}, {}):
         a, b = _draw(logits, **settings), _draw(logits.clone(), **settings)
         assert_same_bits(a.token_ids, b.token_ids)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 31, 32, 33, 64, 129])
+@pytest.mark.parametrize("at_end", [True, False])
+def test_masks_and_penalties_touch_no_byte_outside_the_logits(isa, vocab_size, at_end):
+    logits = torch.randn(3, vocab_size)
+    masks = torch.randint(-(2**31), 2**31, (3, -(-vocab_size // 32)), dtype=torch.int32)
+    masks[:, 0] = masks[:, 0] | 1
+    drawn = []
+    for x in (guarded(logits, at_end=at_end), logits):
+        states = [
+            _C.SampleState(vocab_size, temperature=1.0, seed=i, repetition_penalty=1.5, presence_penalty=0.5)
+            for i in range(3)
+        ]
+        for state, mask in zip(states, masks, strict=True):
+            state.set_mask(mask)
+        drawn.append([*_C.draw(x, states, 1).token_ids, *_C.draw(x, states, 0).token_ids])
+    assert drawn[0] == drawn[1]
+    assert min(drawn[0]) >= 0
 
 
 def test_no_rows():

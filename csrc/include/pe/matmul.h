@@ -9,7 +9,9 @@
 // Writes     y is overwritten (=), or added to (+=) with accumulate, which takes y in f32; y may not overlap an input
 // Order      each y[m,n] is one fixed expression, whatever M, N, threads and split: K is cut at multiples of
 //            kMatmulKBlock; a block is one chain of fused multiply-adds from 0 with k ascending; the block sums are
-//            added to 0 (accumulate: to y) in ascending order. The scalar level rounds the product before the addition
+//            added to 0 (accumulate: to y) in ascending order. The scalar level rounds the product before the addition.
+//            Level amx, x and w bf16: K is cut at multiples of 32; a block is (the chain of its even k) + (that of its
+//            odd k); subnormal operands, sums and y count as zero
 // Cost       2*M*N*K flops. Small M is bound by reading packed once, large M by the multipliers. matmul_unpacked_cpu
 //            holds at most kMatmulScratchBytes, or one panel, of packed weights at a time
 // Reference  pyengine/reference/matmul.py; Goto & van de Geijn 2008, doi:10.1145/1356052.1356053

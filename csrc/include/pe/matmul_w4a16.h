@@ -8,10 +8,11 @@
 //              s = fma(c[31], x[31], ... fma(c[1], x[1], fma(c[0], x[0], 0)))      k ascending
 //              total = fma(d, s, total)
 //              q4_1: total = fma(m', sum_x[g], total) with m' = fma(8, d, m), rounded once (d*q + m = d*(q-8) + m')
+//            level amx, x bf16: s is (the same chain over even k) + (that over odd k); subnormal x and s count as zero
 //            groups ascending; sum_x is x[0..15] + x[16..31], then halves added until one is left
 // Writes     y is overwritten; it may not overlap x or the workspace
 // Order      an element of y depends on its row of x and its row of w alone, and its bits are the same on every ISA
-//            level
+//            level, but for bf16 x on amx
 // Cost       M = 1 streams the packed weights once; large M is bound by f32 fma, 2*M*N*K flops
 // Reference  pyengine/reference/matmul_w4a16.py
 #pragma once

@@ -12,7 +12,7 @@
 // Writes     y is overwritten and may not overlap an input
 // Order      integers have no order: same bits for any M, number of threads and tile, and on every ISA level
 // Cost       M small: bound by the stream of N*K bytes of weights; M large: M*N*K multiply-adds, 64 per instruction
-//            with VNNI, 32 with AVX-512, 16 with AVX2
+//            with VNNI, 32 with AVX-512, 16 with AVX2, up to 16,384 with AMX
 // Reference  pyengine/reference/matmul_w8a8.py; Xiao et al. 2023 (SmoothQuant), arXiv:2211.10438, per-token and
 //            per-channel scales
 #pragma once
