@@ -131,6 +131,7 @@ class Scheduler:
         budget = self._runner.max_tokens
         num_preemptions = self.stats.num_preemptions
         can_start = True
+        first_pages: set[tuple[str, tuple[int, ...]]] = set()
         # One token for each that decodes, then chunks of prompts, of those that run and those that can start.
         decoding = [s for s in self._running if s.num_tokens - s.num_cached == 1]
         prompts = heapq.merge(
@@ -142,15 +143,26 @@ class Scheduler:
             if sequence.slot is None:
                 # One that has just given its pages back would take them again.
                 can_start = can_start and self.stats.num_preemptions == num_preemptions
-                if not can_start or not self._start(sequence):
-                    can_start = can_start and sequence.failure is not None
+                if not can_start or (first_pages and self._first_page(sequence) in first_pages):
+                    continue
+                if not self._start(sequence):
+                    can_start = sequence.failure is not None
                     continue
             chunk = sequence.pending_token_ids(budget)
             if self._claim(sequence, len(chunk)):
                 plan[sequence] = chunk
                 budget -= len(chunk)
+                if sequence.num_cached == 0 and (first_page := self._first_page(sequence)) is not None:
+                    first_pages.add(first_page)
         # Those that gave their pages back after they had been planned are left out.
         return [(sequence, sequence.slot, chunk) for sequence, chunk in plan.items() if sequence.slot is not None]
+
+    def _first_page(self, sequence: Sequence) -> tuple[str, tuple[int, ...]] | None:
+        """What a page that others can start behind holds. One that begins alike waits a step until it is computed."""
+        size = int(self._decoder.page_size)
+        if not self._prefix_cache or len(sequence.prompt_token_ids) <= size:
+            return None
+        return sequence.cache_salt, tuple(sequence.prompt_token_ids[:size])
 
     def _start(self, sequence: Sequence) -> bool:
         """Let a waiting sequence run, if all its tokens fit; those of lower priority give their pages back for it."""

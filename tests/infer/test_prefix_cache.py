@@ -1,6 +1,7 @@
 """A prompt that starts behind cached pages has the bits of one that is computed whole."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,7 +160,7 @@ def test_a_conversation_is_computed_once(tiny):
 
 
 def test_common_prefixes_with_preemption_and_eviction(tiny):
-    """More work than the cache holds: pages are shared, merged, evicted, given back and found again."""
+    """More work than the cache holds: pages are shared, evicted, given back and found again."""
     prompts = [np.concatenate([tokens(40, seed=i % 3), tokens(i, seed=9 + i)]).tolist() for i in range(18)]
     params = [SamplingParams(max_tokens=20 + i, temperature=0.8, seed=i, ignore_eos=True) for i in range(18)]
     expected = engine(tiny, cache_tokens=8192, prefix_cache=False).generate(prompts, params)
@@ -167,8 +168,17 @@ def test_common_prefixes_with_preemption_and_eviction(tiny):
     for _ in range(2):
         assert llm.generate(prompts, params) == expected
     seen = stats(llm)
-    assert all(seen[f"num_{what}"] > 0 for what in ("hit_tokens", "preemptions", "evicted_pages", "merged_pages"))
+    assert all(seen[f"num_{what}"] > 0 for what in ("hit_tokens", "preemptions", "evicted_pages"))
     assert llm._runner.decoder.num_free_pages == 16
+
+
+def test_equal_sequences_keep_one_page_of_two(tiny):
+    llm = engine(tiny)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    first, second = llm.generate([[5, 9, 200]] * 2, params)
+    assert first == second == engine(tiny, prefix_cache=False).generate([[5, 9, 200]], params)[0]
+    # 42 of the 43 tokens were fed: two full pages.
+    assert stats(llm)["num_merged_pages"] == 2
 
 
 def test_a_preempted_sequence_starts_from_its_own_pages(tiny):
@@ -210,6 +220,24 @@ def test_bad_salts(tiny, salt):
     with pytest.raises(ArgumentError, match=r"^cache_salt: expected"):
         llm.score([[1]], [[2]], cache_salt=salt)
     assert len(llm.generate([[1]], PARAMS, cache_salt="x" * 256)[0].token_ids) == 24
+
+
+@pytest.mark.parametrize(("length", "num_shared"), [(100, 96), (17, 16), (16, 0)])
+def test_completions_of_one_prompt_compute_it_once(tiny, length, num_shared):
+    """They start together: the others wait until the first has computed what they share."""
+    hot, cold = engine(tiny), engine(tiny, prefix_cache=False)
+    params = replace(PARAMS, n=6, max_tokens=8)
+    prompt = tokens(length).tolist()
+    assert hot.generate([prompt], params) == cold.generate([prompt], params)
+    saved = cold.explain().profile["num_tokens"] - hot.explain().profile["num_tokens"]
+    assert saved == 5 * num_shared
+    salted = [(prompt, "a"), (prompt, "b")]
+    before = hot.explain().profile["num_tokens"]
+    for ids, salt in salted:
+        hot._scheduler.add(hot._start([ids], replace(PARAMS, max_tokens=1), stream=True, cache_salt=salt)[0][0])
+    hot._scheduler.step()
+    assert hot._scheduler.is_idle()
+    assert hot.explain().profile["num_tokens"] == before + 2 * length
 
 
 @pytest.mark.parametrize(("length", "num_hit"), [(100, 96), (97, 96), (96, 80)])
