@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pyengine.infer import LLM, SamplingParams
+    from pyengine.infer import LLM, AsyncLLM, SamplingParams
 
 # public name -> the module that defines it
-_LAZY = {"LLM": "pyengine.infer", "SamplingParams": "pyengine.infer"}
+_LAZY = {"LLM": "pyengine.infer", "AsyncLLM": "pyengine.infer", "SamplingParams": "pyengine.infer"}
 _LAZY_MODULES = (
     "data",
     "evals",
@@ -29,7 +29,7 @@ _LAZY_MODULES = (
     "tokenizer",
 )
 
-__all__ = ["LLM", "SamplingParams", "__version__", *_LAZY_MODULES]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__", *_LAZY_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ class PyenginePeer:
             threads=args.threads,
             max_context=4096,
             cache_tokens=8192,
+            prefix_cache=False,  # prompts come again, and are to be computed again
         )
         self._llm = self._make()
 
@@ -51,7 +52,7 @@ class PyenginePeer:
         params = SamplingParams(max_tokens=1 + num_steps, ignore_eos=True)
         groups = self._llm._start(list(prompts), params, stream=True)
         pieces = self._llm._stream([sequence for group in groups for sequence in group])
-        # Every prompt is done before any gets a second token, so these are the first token of each.
+        # Prompts that fit into one step, or one prompt alone: these are the first token of each.
         for _ in prompts:
             next(pieces)
         start = time.perf_counter()

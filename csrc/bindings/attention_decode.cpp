@@ -21,12 +21,22 @@ struct Cache {
   const Tensor& block_table;
   const Tensor& seq;
   const Tensor& position;
+  const std::optional<Tensor>& k_scales;  // [num_pages, num_kv_heads, page_size] of int8 pages
+  const std::optional<Tensor>& v_scales;
   int64_t num_pages, num_kv_heads, page_size, head_dim;
 
   Cache(const Check& check_, const Tensor& k_pages_, const Tensor& v_pages_, const Tensor& block_table_,
-        const Tensor& seq_, const Tensor& position_, int64_t num_rows)
-      : check(check_), k_pages(k_pages_), v_pages(v_pages_), block_table(block_table_), seq(seq_), position(position_) {
-    check.dtype(v_pages, "v_pages", {DType::f32, DType::bf16});
+        const Tensor& seq_, const Tensor& position_, const std::optional<Tensor>& k_scales_,
+        const std::optional<Tensor>& v_scales_, int64_t num_rows)
+      : check(check_),
+        k_pages(k_pages_),
+        v_pages(v_pages_),
+        block_table(block_table_),
+        seq(seq_),
+        position(position_),
+        k_scales(k_scales_),
+        v_scales(v_scales_) {
+    check.dtype(v_pages, "v_pages", {DType::f32, DType::bf16, DType::i8});
     check.shape(v_pages, "v_pages", {-1, -1, -1, -1});
     num_pages = v_pages.shape[0];
     num_kv_heads = v_pages.shape[1];
@@ -42,6 +52,8 @@ struct Cache {
     check.shape(k_pages, "k_pages",
                 {num_pages, num_kv_heads, page_size / kAttentionLaneKeys, head_dim, kAttentionLaneKeys});
     page_contiguous(k_pages, "k_pages");
+    check_scales(k_scales, "k_scales");
+    check_scales(v_scales, "v_scales");
     check.dtype(block_table, "block_table", {DType::i32});
     check.unit_stride(check.shape(block_table, "block_table", {-1, -1}), "block_table");
     check.dtype(seq, "seq", {DType::i32});
@@ -70,6 +82,15 @@ struct Cache {
   }
 
  private:
+  void check_scales(const std::optional<Tensor>& scales, const char* name) const {
+    const bool wanted = v_pages.dtype == DType::i8;
+    if (scales.has_value() != wanted)
+      check.fail(name, wanted ? "a tensor, for int8 pages" : "None, for pages that are not int8",
+                 wanted ? "None" : "one");
+    if (!wanted) return;
+    check.dtype(*scales, name, {DType::f32});
+    page_contiguous(check.shape(*scales, name, {num_pages, num_kv_heads, page_size}), name);
+  }
   static std::string at(int64_t t) { return " at row " + std::to_string(t); }
   // Pages may lie apart, but each is one piece.
   void page_contiguous(const Tensor& pages, const char* name) const {
@@ -87,11 +108,12 @@ void check_rows(const Check& check, const Tensor& t, const char* name, std::init
 }
 
 void decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_table, const Tensor& seq,
-            const Tensor& position, const Tensor& y, float scale, std::optional<int64_t> sliding_window) {
+            const Tensor& position, const Tensor& y, float scale, std::optional<int64_t> sliding_window,
+            const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales) {
   constexpr Check check{"attention_decode"};
   check_rows(check, q, "q", {-1, -1, -1});
   const int64_t num_rows = q.shape[0], num_heads = q.shape[1];
-  const Cache cache(check, k_pages, v_pages, block_table, seq, position, num_rows);
+  const Cache cache(check, k_pages, v_pages, block_table, seq, position, k_scales, v_scales, num_rows);
   check.shape(q, "q", {num_rows, num_heads, cache.head_dim});
   if (num_heads < 1 || num_heads % cache.num_kv_heads != 0)
     check.fail("q", "a number of heads that is a multiple of " + std::to_string(cache.num_kv_heads) + " (kv heads)",
@@ -123,6 +145,10 @@ void decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const
                         .k_page_stride = k_pages.strides[0],
                         .v_page_stride = v_pages.strides[0],
                         .block_table_stride = block_table.strides[0],
+                        .k_scales = k_scales ? k_scales->ptr<const float>() : nullptr,
+                        .v_scales = v_scales ? v_scales->ptr<const float>() : nullptr,
+                        .k_scale_page_stride = k_scales ? k_scales->strides[0] : 0,
+                        .v_scale_page_stride = v_scales ? v_scales->strides[0] : 0,
                         .sliding_window = sliding_window.value_or(0),
                         .scale = scale,
                         .dtype = q.dtype,
@@ -130,16 +156,19 @@ void decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const
 }
 
 void append(const Tensor& k, const Tensor& v, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_table,
-            const Tensor& seq, const Tensor& position) {
+            const Tensor& seq, const Tensor& position, const std::optional<Tensor>& k_scales,
+            const std::optional<Tensor>& v_scales) {
   constexpr Check check{"kv_append"};
   check_rows(check, k, "k", {-1, -1, -1});
   const int64_t num_rows = k.shape[0];
-  const Cache cache(check, k_pages, v_pages, block_table, seq, position, num_rows);
+  const Cache cache(check, k_pages, v_pages, block_table, seq, position, k_scales, v_scales, num_rows);
   check.shape(k, "k", {num_rows, cache.num_kv_heads, cache.head_dim});
   check.dtype(v, "v", {k.dtype});
   check_rows(check, v, "v", {num_rows, cache.num_kv_heads, cache.head_dim});
   check.writable(k_pages, "k_pages");
   check.writable(v_pages, "v_pages");
+  if (k_scales) check.writable(*k_scales, "k_scales");
+  if (v_scales) check.writable(*v_scales, "v_scales");
   std::vector<int64_t> slots(static_cast<size_t>(num_rows));
   for (int64_t t = 0; t < num_rows; ++t) {
     const int64_t p = position.ptr<int32_t>()[t];
@@ -171,6 +200,10 @@ void append(const Tensor& k, const Tensor& v, const Tensor& k_pages, const Tenso
                  .k_page_stride = k_pages.strides[0],
                  .v_page_stride = v_pages.strides[0],
                  .block_table_stride = block_table.strides[0],
+                 .k_scales = k_scales ? k_scales->ptr<float>() : nullptr,
+                 .v_scales = v_scales ? v_scales->ptr<float>() : nullptr,
+                 .k_scale_page_stride = k_scales ? k_scales->strides[0] : 0,
+                 .v_scale_page_stride = v_scales ? v_scales->strides[0] : 0,
                  .dtype = k.dtype,
                  .cache_dtype = v_pages.dtype});
 }
@@ -179,9 +212,11 @@ void append(const Tensor& k, const Tensor& v, const Tensor& k_pages, const Tenso
 
 void bind_attention_decode(py::module_& m) {
   m.def("attention_decode_cpu", decode, py::arg("q"), py::arg("k_pages"), py::arg("v_pages"), py::arg("block_table"),
-        py::arg("seq"), py::arg("position"), py::arg("y"), py::arg("scale"), py::arg("sliding_window"));
+        py::arg("seq"), py::arg("position"), py::arg("y"), py::arg("scale"), py::arg("sliding_window"),
+        py::arg("k_scales") = py::none(), py::arg("v_scales") = py::none());
   m.def("kv_append_cpu", append, py::arg("k"), py::arg("v"), py::arg("k_pages"), py::arg("v_pages"),
-        py::arg("block_table"), py::arg("seq"), py::arg("position"));
+        py::arg("block_table"), py::arg("seq"), py::arg("position"), py::arg("k_scales") = py::none(),
+        py::arg("v_scales") = py::none());
 }
 
 }  // namespace pe

@@ -168,14 +168,15 @@ std::shared_ptr<Decoder> make_decoder(const std::shared_ptr<Model>& model, int64
   if (page_size < 16 || page_size > 4096 || page_size % 16 != 0)
     throw ArgumentError("page_size: expected a multiple of 16 up to 4096, got " + std::to_string(page_size));
   const ModelConfig& c = model->config();
-  return std::make_shared<Decoder>(model,
-                                   KvCacheConfig{.num_layers = c.num_layers,
-                                                 .num_kv_heads = c.num_kv_heads,
-                                                 .head_dim = c.head_dim,
-                                                 .page_size = page_size,
-                                                 .num_pages = positive("num_pages", num_pages),
-                                                 .dtype = parse_float("kv_dtype", kv_dtype)},
-                                   positive("max_tokens", max_tokens));
+  return std::make_shared<Decoder>(
+      model,
+      KvCacheConfig{.num_layers = c.num_layers,
+                    .num_kv_heads = c.num_kv_heads,
+                    .head_dim = c.head_dim,
+                    .page_size = page_size,
+                    .num_pages = positive("num_pages", num_pages),
+                    .dtype = kv_dtype == "int8" ? DType::i8 : parse_float("kv_dtype", kv_dtype)},
+      positive("max_tokens", max_tokens));
 }
 
 void step(Decoder& decoder, const Tensor& token_ids, const Tensor& seqs, const Tensor& rows,
@@ -214,6 +215,16 @@ py::dict profile(const Decoder& decoder) {
   return d;
 }
 
+py::dict cache_stats(Decoder& decoder) {
+  const KvCache& cache = decoder.cache();
+  py::dict d;
+  d["num_indexed_pages"] = cache.num_indexed_pages();
+  d["num_evicted_pages"] = cache.stats().num_evicted_pages;
+  d["num_copied_pages"] = cache.stats().num_copied_pages;
+  d["num_merged_pages"] = cache.stats().num_merged_pages;
+  return d;
+}
+
 }  // namespace
 
 void bind_engine(py::module_& m) {
@@ -245,9 +256,20 @@ void bind_engine(py::module_& m) {
            py::arg("kv_dtype"), py::arg("max_tokens"))
       .def("step", step, py::arg("token_ids"), py::arg("seqs"), py::arg("rows"), py::kw_only(),
            py::arg("logits") = py::none(), py::arg("targets") = py::none(), py::arg("target_logprobs") = py::none())
-      .def("add_sequence", [](Decoder& d) { return d.cache().add_sequence(); })
+      .def("add_sequence", &Decoder::add_sequence, py::arg("salt") = py::none())
+      .def(
+          "fork_sequence", [](Decoder& d, int32_t seq) { return d.cache().fork_sequence(seq); }, py::arg("seq"))
+      .def(
+          "adopt_prefix",
+          [](Decoder& d, int32_t seq, const Tensor& next_token_ids) {
+            return d.cache().adopt_prefix(seq, span_of(ids(next_token_ids, "next_token_ids")));
+          },
+          py::arg("seq"), py::arg("next_token_ids"))
       .def(
           "free_sequence", [](Decoder& d, int32_t seq) { d.cache().free_sequence(seq); }, py::arg("seq"))
+      .def(
+          "pages_needed", [](Decoder& d, int32_t seq, int64_t n) { return d.cache().pages_needed(seq, n); },
+          py::arg("seq"), py::arg("num_tokens"))
       .def(
           "grow", [](Decoder& d, int32_t seq, int64_t n) { d.cache().grow(seq, n); }, py::arg("seq"),
           py::arg("num_tokens"))
@@ -261,6 +283,7 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("page_size", [](Decoder& d) { return d.cache().page_size(); })
       .def_property_readonly("cache_bytes", [](Decoder& d) { return d.cache().num_bytes(); })
       .def_property_readonly("max_tokens", &Decoder::max_tokens)
+      .def("cache_stats", cache_stats)
       .def("profile", profile)
       .def("reset_profile", &Decoder::reset_profile);
 }

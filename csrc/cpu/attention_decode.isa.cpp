@@ -2,6 +2,7 @@
 #include "pe/attention_decode.h"
 
 #include "simd/attention_rows.h"
+#include "simd/quantize_row.h"
 
 namespace pe::PE_ISA {
 namespace {
@@ -31,23 +32,25 @@ void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, i
   const int32_t* pages = a.block_table + a.seq[row_begin] * a.block_table_stride;
   const C* k_pages = static_cast<const C*>(a.k_pages);
   const C* v_pages = static_cast<const C*>(a.v_pages);
-  const auto place = [&](int64_t key, const C** k, const C** v) {
-    const int64_t page = pages[key / a.page_size];
-    const int64_t offset = (kv_head * a.page_size + key % a.page_size) * a.head_dim;
-    *k = k_pages + page * a.k_page_stride + offset;
-    *v = v_pages + page * a.v_page_stride + offset;
-  };
+  const auto slot_of = [&](int64_t key) { return kv_head * a.page_size + key % a.page_size; };
   const int64_t num_keys = int64_t{a.position[row_end - 1]} + 1;
   attend<C>(rows, a.scale, [&](int64_t base, int64_t key_begin, int64_t key_end) {
-    KvBlock<C> kv{.k = {}, .v = {}, .v_row_stride = a.head_dim};
-    for (int64_t b = (key_begin - base) / kLaneKeys; base + b * kLaneKeys < key_end; ++b)
-      place(base + b * kLaneKeys, &kv.k[b], &kv.v[b]);
+    KvBlock<C> kv{};
+    kv.v_row_stride = a.head_dim;
+    for (int64_t b = (key_begin - base) / kLaneKeys; base + b * kLaneKeys < key_end; ++b) {
+      const int64_t key = base + b * kLaneKeys, page = pages[key / a.page_size], slot = slot_of(key);
+      kv.k[b] = k_pages + page * a.k_page_stride + slot * a.head_dim;
+      kv.v[b] = v_pages + page * a.v_page_stride + slot * a.head_dim;
+      if constexpr (sizeof(C) == 1) {
+        kv.k_scales[b] = a.k_scales + page * a.k_scale_page_stride + slot;
+        kv.v_scales[b] = a.v_scales + page * a.v_scale_page_stride + slot;
+      }
+    }
     // Pages lie anywhere, so no hardware foresees the next block.
     for (int64_t key = base + kBlockKeys; key < min_of(base + 2 * kBlockKeys, num_keys); key += kLaneKeys) {
-      const C *k, *v;
-      place(key, &k, &v);
-      prefetch_lanes(k, a.head_dim);
-      prefetch_lanes(v, a.head_dim);
+      const int64_t page = pages[key / a.page_size], slot = slot_of(key);
+      prefetch_lanes(k_pages + page * a.k_page_stride + slot * a.head_dim, a.head_dim);
+      prefetch_lanes(v_pages + page * a.v_page_stride + slot * a.head_dim, a.head_dim);
     }
     return kv;
   });
@@ -58,10 +61,15 @@ void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, i
       rows.finish_row(r, y + t * a.y_row_stride + h * a.y_head_stride, nullptr);
 }
 
+template <class T>
+auto run_for(DType cache_dtype) {
+  return cache_dtype == DType::f32    ? run_of_rows<T, float>
+         : cache_dtype == DType::bf16 ? run_of_rows<T, bf16>
+                                      : run_of_rows<T, int8_t>;
+}
+
 void rows(const AttentionDecode& a, int64_t item_begin, int64_t item_end, void* scratch) {
-  const bool f32 = a.dtype == DType::f32, cache_f32 = a.cache_dtype == DType::f32;
-  const auto run = f32 ? (cache_f32 ? run_of_rows<float, float> : run_of_rows<float, bf16>)
-                       : (cache_f32 ? run_of_rows<bf16, float> : run_of_rows<bf16, bf16>);
+  const auto run = a.dtype == DType::f32 ? run_for<float>(a.cache_dtype) : run_for<bf16>(a.cache_dtype);
   // Items are numbered run by run, the kv heads of one run after each other.
   int64_t item = 0;
   for (int64_t begin = 0; begin < a.num_rows && item < item_end;) {
@@ -72,32 +80,52 @@ void rows(const AttentionDecode& a, int64_t item_begin, int64_t item_end, void* 
   }
 }
 
+// Writes one head of a token as the cache holds it; the scale is what an int8 cache needs beside it.
+template <class T, class C>
+float round_head(const T* head, int64_t head_dim, C* out) {
+  if constexpr (sizeof(C) == 1) {
+    return quantize_row(head, head_dim, out);
+  } else {
+    alignas(64) float row[kAttentionMaxHeadDim];
+    load_row(head, head_dim, row);
+    store_row(out, head_dim, row, [](VecF v) { return v; });
+    return 1.0f;
+  }
+}
+
 template <class T, class C>
 void append_rows(const KvAppend& a, int64_t row_begin, int64_t row_end) {
   for (int64_t t = row_begin; t < row_end; ++t) {
     const int64_t position = a.position[t], slot = position % a.page_size;
     const int64_t page = a.block_table[a.seq[t] * a.block_table_stride + position / a.page_size];
     for (int64_t g = 0; g < a.num_kv_heads; ++g) {
-      alignas(64) float row[kAttentionMaxHeadDim];
       alignas(64) C rounded[kAttentionMaxHeadDim];
-      const auto keep = [](VecF v) { return v; };
-      load_row(static_cast<const T*>(a.k) + t * a.k_row_stride + g * a.k_head_stride, a.head_dim, row);
-      store_row(rounded, a.head_dim, row, keep);
+      const float k_scale =
+          round_head(static_cast<const T*>(a.k) + t * a.k_row_stride + g * a.k_head_stride, a.head_dim, rounded);
       C* k = static_cast<C*>(a.k_pages) + page * a.k_page_stride +
              (g * a.page_size + slot / kLaneKeys * kLaneKeys) * a.head_dim + slot % kLaneKeys;
       for (int64_t d = 0; d < a.head_dim; ++d) k[d * kLaneKeys] = rounded[d];
 
-      load_row(static_cast<const T*>(a.v) + t * a.v_row_stride + g * a.v_head_stride, a.head_dim, row);
       C* v = static_cast<C*>(a.v_pages) + page * a.v_page_stride + (g * a.page_size + slot) * a.head_dim;
-      store_row(v, a.head_dim, row, keep);
+      const float v_scale =
+          round_head(static_cast<const T*>(a.v) + t * a.v_row_stride + g * a.v_head_stride, a.head_dim, v);
+      if constexpr (sizeof(C) == 1) {
+        a.k_scales[page * a.k_scale_page_stride + g * a.page_size + slot] = k_scale;
+        a.v_scales[page * a.v_scale_page_stride + g * a.page_size + slot] = v_scale;
+      }
     }
   }
 }
 
+template <class T>
+auto append_for(DType cache_dtype) {
+  return cache_dtype == DType::f32    ? append_rows<T, float>
+         : cache_dtype == DType::bf16 ? append_rows<T, bf16>
+                                      : append_rows<T, int8_t>;
+}
+
 void append(const KvAppend& a, int64_t row_begin, int64_t row_end) {
-  const bool f32 = a.dtype == DType::f32, cache_f32 = a.cache_dtype == DType::f32;
-  const auto run = f32 ? (cache_f32 ? append_rows<float, float> : append_rows<float, bf16>)
-                       : (cache_f32 ? append_rows<bf16, float> : append_rows<bf16, bf16>);
+  const auto run = a.dtype == DType::f32 ? append_for<float>(a.cache_dtype) : append_for<bf16>(a.cache_dtype);
   run(a, row_begin, row_end);
 }
 

@@ -14,6 +14,7 @@
 #include "pe/rope.h"
 #include "pe/swiglu.h"
 #include "runtime/bf16.h"
+#include "runtime/cpu_features.h"
 #include "runtime/error.h"
 
 namespace pe {
@@ -114,6 +115,11 @@ Decoder::Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache,
   logits_ = reinterpret_cast<float*>(arena_.allocate(static_cast<size_t>(kHeadRows * c.vocab_size * 4)));
 }
 
+int32_t Decoder::add_sequence(std::optional<std::string> salt) {
+  if (salt) salt = std::string(isa_name(active_isa())) + ':' + *salt;
+  return cache_.add_sequence(std::move(salt));
+}
+
 void Decoder::check(const Step& step) {
   const auto range = [](const char* name, int64_t i, int64_t got, int64_t end) {
     if (got < 0 || got >= end)
@@ -142,8 +148,6 @@ void Decoder::check(const Step& step) {
 // Numbers the sequences of this step from 0, finds each token's position, and lists the pages of each sequence.
 void Decoder::place(const Step& step) {
   std::unordered_map<int32_t, int32_t> batch_index;
-  std::unordered_map<int32_t, int64_t> num_new;
-  for (const int32_t seq : step.seqs) ++num_new[seq];
   std::vector<int32_t> order;
   std::unordered_map<int32_t, int64_t> next;
   positions_.clear();
@@ -151,11 +155,11 @@ void Decoder::place(const Step& step) {
   for (const int32_t seq : step.seqs) {
     if (batch_index.emplace(seq, static_cast<int32_t>(order.size())).second) {
       order.push_back(seq);
-      next[seq] = cache_.length(seq) - num_new[seq];
-      if (next[seq] < 0)
-        throw ArgumentError("seqs: sequence " + std::to_string(seq) + " has " + std::to_string(cache_.length(seq)) +
-                            " tokens claimed, fewer than the " + std::to_string(num_new[seq]) + " of this step");
+      next[seq] = cache_.num_committed(seq);
     }
+    if (next[seq] == cache_.length(seq))
+      throw ArgumentError("seqs: sequence " + std::to_string(seq) + " has " + std::to_string(cache_.length(seq)) +
+                          " tokens claimed, fewer than it would have after this step");
     const int64_t position = next[seq]++;
     if (position >= model_->num_positions())
       throw ArgumentError("seqs: sequence " + std::to_string(seq) + " grows past the " +
@@ -182,6 +186,7 @@ void Decoder::step(const Step& step) {
     Phases::Worker worker(phases, worker_index);
     run(step, worker);
   });
+  for (size_t t = 0; t < step.token_ids.size(); ++t) cache_.commit(step.seqs[t], step.token_ids[t]);
   ++profile_.num_steps;
   profile_.num_tokens += static_cast<int64_t>(step.token_ids.size());
 }
@@ -439,9 +444,13 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                           .k_head_stride = c.head_dim,
                           .v_row_stride = qkv,
                           .v_head_stride = c.head_dim,
-                          .k_page_stride = cache_.page_elements(),
-                          .v_page_stride = cache_.page_elements(),
+                          .k_page_stride = cache_.page_stride(),
+                          .v_page_stride = cache_.page_stride(),
                           .block_table_stride = block_table_stride_,
+                          .k_scales = cache_.k_scales(i),
+                          .v_scales = cache_.v_scales(i),
+                          .k_scale_page_stride = cache_.scale_page_stride(),
+                          .v_scale_page_stride = cache_.scale_page_stride(),
                           .dtype = act,
                           .cache_dtype = cache_.dtype()};
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
@@ -467,9 +476,13 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                                     .q_head_stride = c.head_dim,
                                     .y_row_stride = c.q_size(),
                                     .y_head_stride = c.head_dim,
-                                    .k_page_stride = cache_.page_elements(),
-                                    .v_page_stride = cache_.page_elements(),
+                                    .k_page_stride = cache_.page_stride(),
+                                    .v_page_stride = cache_.page_stride(),
                                     .block_table_stride = block_table_stride_,
+                                    .k_scales = cache_.k_scales(i),
+                                    .v_scales = cache_.v_scales(i),
+                                    .k_scale_page_stride = cache_.scale_page_stride(),
+                                    .v_scale_page_stride = cache_.scale_page_stride(),
                                     .sliding_window = layer_config.sliding_window,
                                     .scale = c.attention_scale,
                                     .dtype = act,

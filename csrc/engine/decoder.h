@@ -6,7 +6,9 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "engine/kv_cache.h"
@@ -33,7 +35,10 @@ class Decoder {
   // max_tokens: the most tokens of one step.
   Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache, int64_t max_tokens);
 
-  // Appends token_ids[t] to sequence seqs[t] for every t (tokens of one sequence in order; pages claimed by grow
+  // A new sequence; with a salt it shares full pages with others of the same salt, tokens and ISA level.
+  int32_t add_sequence(std::optional<std::string> salt);
+
+  // Appends token_ids[t] to sequence seqs[t] for every t (tokens of one sequence in order; slots claimed by grow
   // before) and computes what `outputs` asks for. Throws ArgumentError for bad ids, sequences or rows, and changes
   // nothing then.
   struct Step {

@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #include "pe/attention.h"
-#include "simd/vec.h"
+#include "simd/int8.h"
 
 // Loops over the rows and vectors of a tile must vanish for the tile to live in registers.
 #define PE_UNROLL _Pragma("GCC unroll 8")
@@ -31,6 +31,9 @@ constexpr int kTileVecs = VecF::size == 16 ? 4 : 2;
 static constexpr int64_t padded(int64_t head_dim) { return (head_dim + kLaneKeys - 1) / kLaneKeys * kLaneKeys; }
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline VecF load(const int8_t* p) { return load_int8(p); }
+static inline VecF load(const int8_t* p, int64_t n) { return load_int8(p, n); }
 
 static inline void fill_zero(float* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0.0f;
@@ -309,6 +312,26 @@ struct KvBlock {
   const T* v[kLaneBlocks];  // 16 rows
   int64_t v_row_stride;
 };
+template <>
+struct KvBlock<int8_t> {
+  const int8_t* k[kLaneBlocks];
+  const int8_t* v[kLaneBlocks];
+  int64_t v_row_stride;
+  const float* k_scales[kLaneBlocks];  // 16 of the lane block's keys
+  const float* v_scales[kLaneBlocks];
+};
+
+// rows[r][j] *= scales[j] for the keys of lane blocks [begin, end).
+template <int R>
+static inline void scale_keys(const float* const* scales, int begin, int end, float (*rows)[kBlockKeys]) {
+  for (int b = begin; b < end; ++b) PE_UNROLL for (int i = 0; i < kLaneKeys; i += VecF::size) {
+      const VecF scale = load(scales[b] + i);
+      PE_UNROLL for (int r = 0; r < R; ++r) {
+        float* p = rows[r] + b * kLaneKeys + i;
+        store(p, mul(load(p), scale));
+      }
+    }
+}
 
 // v[0] op v[1] op ... op v[N - 1], lane by lane, in halves.
 template <int N, class Op>
@@ -377,9 +400,12 @@ static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn&
           q[i] = rows.q_row(tile.row[i]);
           acc[i] = rows.acc_row(tile.row[i]);
         }
-        dot_tile<R>(q, kv.k, tile.lane_block_begin(), tile.lane_block_end(), rows.head_dim, scores);
+        const int begin = tile.lane_block_begin(), end = tile.lane_block_end();
+        dot_tile<R>(q, kv.k, begin, end, rows.head_dim, scores);
+        if constexpr (sizeof(T) == 1) scale_keys<R>(kv.k_scales, begin, end, scores);
         for (int i = 0; i < R; ++i)
           factor[i] = softmax_row(rows, tile.row[i], tile.lo[i], tile.hi[i], set1(scale), scores[i]);
+        if constexpr (sizeof(T) == 1) scale_keys<R>(kv.v_scales, begin, end, scores);
         accumulate_tile<R>(tile, scores, kv.v, kv.v_row_stride, rows.head_dim, factor, acc);
       });
     });

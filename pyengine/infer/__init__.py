@@ -1,5 +1,6 @@
-"""Inference: `LLM`, sampling options, results. Nothing here imports torch."""
+"""Inference: `LLM`, `AsyncLLM`, sampling options, results. Nothing here imports torch."""
 
+from pyengine.infer.async_llm import AsyncLLM
 from pyengine.infer.beam_search import BeamSearchParams
 from pyengine.infer.grammar import StructuredOutputError
 from pyengine.infer.llm import LLM
@@ -9,6 +10,7 @@ from pyengine.infer.structured_outputs import StructuredOutputs
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchParams",
     "Completion",
     "SamplingParams",

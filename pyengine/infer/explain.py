@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyengine import _C
 
 if TYPE_CHECKING:
     from pyengine.infer.loader import LoadedModel
+    from pyengine.infer.scheduler import SchedulerStats
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Explanation:
     cache_bytes: int
     """Reserved for keys and values; memory is used as the cache fills."""
     max_context: int
+    prefix_cache: dict[str, int] | None = None
+    """Started and hit tokens, preemptions, pages that hold prefixes, and pages evicted, copied and merged; or None."""
     profile: dict[str, Any] = field(default_factory=dict)
     """Steps, tokens, and seconds by kind of phase since the model was loaded."""
 
@@ -48,6 +51,13 @@ class Explanation:
             f"cache     {self.kv_dtype}, {self.max_context} tokens a sequence, "
             f"{self.cache_bytes / 1e6:.0f} MB reserved",
         ]
+        if self.prefix_cache is not None:
+            c = self.prefix_cache
+            lines.append(
+                f"prefixes  {c['num_hit_tokens']} of {c['num_started_tokens']} tokens found in the cache, "
+                f"{c['num_indexed_pages']} pages kept, {c['num_evicted_pages']} evicted, "
+                f"{c['num_preemptions']} preemptions"
+            )
         seconds = self.profile.get("seconds", {})
         total = sum(seconds.values())
         if total > 0:
@@ -57,8 +67,8 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(loaded: LoadedModel) -> Explanation:
-    """The explanation of a loaded model."""
+def explain(loaded: LoadedModel, stats: SchedulerStats | None) -> Explanation:
+    """The explanation of a loaded model; `stats` where prefixes are cached."""
     info = _C.build_info()
     return Explanation(
         model=loaded.path,
@@ -74,5 +84,6 @@ def explain(loaded: LoadedModel) -> Explanation:
         bytes_per_token=loaded.model.bytes_per_token,
         cache_bytes=loaded.decoder.cache_bytes,
         max_context=loaded.max_context,
+        prefix_cache=None if stats is None else asdict(stats) | loaded.decoder.cache_stats(),
         profile=loaded.decoder.profile(),
     )

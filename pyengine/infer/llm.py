@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -15,6 +14,7 @@ import numpy as np
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.infer.beam_search import BeamSearchParams, beam_search
+from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.explain import Explanation, explain
 from pyengine.infer.grammar import GrammarCompiler
 from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
@@ -22,7 +22,7 @@ from pyengine.infer.outputs import Completion, Score, TextPiece
 from pyengine.infer.runner import Runner
 from pyengine.infer.sample_state import encode_bad_words
 from pyengine.infer.sampling_params import SamplingParams
-from pyengine.infer.scheduler import Scheduler
+from pyengine.infer.scheduler import Scheduler, check_priority, check_salt
 from pyengine.infer.sequence import Sequence
 from pyengine.spec import ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
@@ -41,8 +41,14 @@ class LLM:
         threads: size of the native thread pool of this process; None keeps it.
         max_context: most tokens of one sequence; None takes the model's, at most 8192.
         cache_tokens: tokens that the key/value cache holds over all sequences; None takes max_context.
-        kv_dtype: "auto", "float32" or "bfloat16" keys and values.
+        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations. int8 has one
+            scale per token and head, and holds 3.8 times the tokens of float32 in the same memory.
         max_batch_tokens: most tokens of one native step.
+        prefix_cache: start a prompt behind the full pages that the cache still holds of it. Changes no bit of a result,
+            only its time; requests with different `cache_salt` share nothing.
+
+    `priority` of a request: higher goes first, and takes memory from lower. `cache_salt`: who may notice by the time
+    that a prompt takes that another one began alike: give each tenant a salt of its own.
 
     Safe to call from several threads, and streams may be interleaved: what runs at the same time shares native steps.
     """
@@ -59,6 +65,7 @@ class LLM:
         kv_dtype: str = "auto",
         page_size: int = 32,
         max_batch_tokens: int = 512,
+        prefix_cache: bool = True,
     ) -> None:
         if threads is not None:
             _C.set_num_threads(threads)
@@ -73,9 +80,10 @@ class LLM:
         )
         self._loaded: LoadedModel = load_model(model, options)
         self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size)
-        self._scheduler = Scheduler(self._runner)
+        self._prefix_cache = prefix_cache
+        self._scheduler = Scheduler(self._runner, prefix_cache=prefix_cache)
         self._grammars = GrammarCompiler(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
-        self._lock = threading.Lock()
+        self._lock = EngineLock()
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> LLM:
@@ -104,25 +112,32 @@ class LLM:
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None = None
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> list[Completion]:
         """Complete each prompt; prompts run together, and each gets the same bits as alone.
 
         A prompt is text or token ids. `params` is one for all, or one per prompt. Returns completions in order,
         the n of a prompt side by side.
         """
-        groups = self._start(_prompt_list(prompts), params, stream=False)
+        groups = self._start(_prompt_list(prompts), params, stream=False, priority=priority, cache_salt=cache_salt)
         self._run([sequence for group in groups for sequence in group])
         return [completion for group in groups for completion in _best(group)]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextPiece]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+    ) -> Iterator[TextPiece]:
         """Complete one prompt piece by piece. Closing the iterator cancels the request.
 
         The pieces of n completions come mixed; `index` tells which one a piece belongs to.
         """
         if params is not None and params.best_of is not None:
             raise ArgumentError(f"best_of: expected None for a stream, got {params.best_of}")
-        (sequences,) = self._start([prompt], params, stream=True)
+        (sequences,) = self._start([prompt], params, stream=True, priority=priority, cache_salt=cache_salt)
         return self._stream(sequences)
 
     @overload
@@ -209,7 +224,9 @@ class LLM:
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
-    def score(self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt]) -> list[Score]:
+    def score(
+        self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt], *, cache_salt: str = ""
+    ) -> list[Score]:
         """Log-probability of every token of each completion after its prompt; the same bits as in generation.
 
         Text is encoded in two parts, prompt and completion. An empty prompt starts from the model's first token (bos or
@@ -217,10 +234,11 @@ class LLM:
         """
         if len(prompts) != len(completions):
             raise ArgumentError(f"completions: expected {len(prompts)}, one per prompt, got {len(completions)}")
+        salt = check_salt(cache_salt) if self._prefix_cache else None
         with self._lock:
-            return [self._score(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+            return [self._score(i, p, c, salt) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
 
-    def _score(self, index: int, prompt: Prompt, completion: Prompt) -> Score:
+    def _score(self, index: int, prompt: Prompt, completion: Prompt, salt: str | None) -> Score:
         prompt_ids = self._encode(prompt, f"prompts[{index}]")
         ids = self._encode(completion, f"completions[{index}]", add_special_tokens=False)
         if not prompt_ids:
@@ -235,7 +253,7 @@ class LLM:
         self._check_length(len(prompt_ids) + len(ids), f"prompts[{index}]")
         inputs = np.array((prompt_ids + ids)[:-1], np.int32)
         targets = np.concatenate([np.zeros(len(prompt_ids) - 1, np.int32), np.array(ids, np.int32)])
-        logprobs = self._runner.target_logprobs(inputs, targets, len(prompt_ids) - 1)
+        logprobs = self._runner.target_logprobs(inputs, targets, len(prompt_ids) - 1, salt)
         return Score(ids, logprobs.tolist())
 
     def logits(self, token_ids: SequenceOf[int]) -> np.ndarray:
@@ -247,7 +265,7 @@ class LLM:
 
     def explain(self) -> Explanation:
         """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
-        return explain(self._loaded)
+        return explain(self._loaded, self._scheduler.stats if self._prefix_cache else None)
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
@@ -305,13 +323,21 @@ class LLM:
         params: SamplingParams | SequenceOf[SamplingParams] | None,
         *,
         stream: bool,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> list[list[Sequence]]:
         """The sequences of each prompt, checked; none runs yet."""
+        check_priority(priority)
+        check_salt(cache_salt)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ArgumentError(f"params: expected one, or {len(prompts)}, one per prompt, got {len(params)}")
-        return [self._start_prompt(i, p, o, stream) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
+        groups = [self._start_prompt(i, p, o, stream) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
+        for group in groups:
+            for sequence in group:
+                sequence.priority, sequence.cache_salt = priority, cache_salt
+        return groups
 
     def _start_prompt(self, position: int, prompt: Prompt, params: SamplingParams, stream: bool) -> list[Sequence]:
         ids = self._prompt_ids(prompt, f"prompts[{position}]")

@@ -40,7 +40,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         _one_of("weights", self.weights, ("auto", *WEIGHT_FORMATS))
         _one_of("mode", self.mode, ("auto", "exact", "fast"))
-        _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16"))
+        _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8"))
         for name, low, high in (
             ("max_context", 1, 1 << 24),
             ("cache_tokens", 1, 1 << 31),

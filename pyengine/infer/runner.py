@@ -53,10 +53,13 @@ class Runner:
         self._walk(token_ids, out, None, None)
         return out
 
-    def target_logprobs(self, token_ids: Int32, targets: Int32, first: int) -> Float32:
-        """Log-probability of targets[i] after token i of a sequence of its own, for i >= first: [T - first]."""
+    def target_logprobs(self, token_ids: Int32, targets: Int32, first: int, salt: str | None = None) -> Float32:
+        """Log-probability of targets[i] after token i of a sequence of its own, for i >= first: [T - first].
+
+        With a salt, tokens before `first` may come from the cache.
+        """
         out = np.empty(len(token_ids), np.float32)
-        self._walk(token_ids, None, targets, out, first)
+        self._walk(token_ids, None, targets, out, first, salt)
         return out[first:]
 
     def prompt_logprobs(self, token_ids: Int32, num_top: int) -> list[TokenLogprobs | None]:
@@ -96,11 +99,17 @@ class Runner:
         return out
 
     def _walk(
-        self, token_ids: Int32, logits: Float32 | None, targets: Int32 | None, logprobs: Float32 | None, first: int = 0
+        self,
+        token_ids: Int32,
+        logits: Float32 | None,
+        targets: Int32 | None,
+        logprobs: Float32 | None,
+        first: int = 0,
+        salt: str | None = None,
     ) -> None:
-        seq = self.decoder.add_sequence()
+        seq = self.decoder.add_sequence(salt)
         try:
-            for begin in range(0, len(token_ids), self.max_tokens):
+            for begin in range(self.decoder.adopt_prefix(seq, token_ids[:first]), len(token_ids), self.max_tokens):
                 chunk = token_ids[begin : begin + self.max_tokens]
                 end = begin + len(chunk)
                 wanted = slice(max(begin, first), end)

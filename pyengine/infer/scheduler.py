@@ -1,31 +1,86 @@
 """Continuous batching: which tokens of which sequences the next native step computes.
 
-Every running sequence gets its next token in every step; what is left of the token budget goes to prompts, in order of
-arrival, in chunks. When the cache is full, the youngest sequence gives its pages back and is computed again later.
-Because a token's bits depend on its own sequence only, none of this changes a result.
+Every running sequence gets its next token in every step; what is left of the token budget goes to prompts, in chunks,
+those of a higher priority first, then in order of arrival. A prompt starts behind the full pages that the cache already
+holds of it. When the cache is full, the last sequence in that order gives its pages back and is computed again later,
+from what is left of them. Because a token's bits depend on its own sequence only, none of this changes a result.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+import itertools
+from bisect import insort
+from dataclasses import dataclass
 
-from pyengine.errors import CapacityError
+import numpy as np
+
+from pyengine.errors import ArgumentError, CapacityError
 from pyengine.infer.runner import Runner
 from pyengine.infer.sequence import Sequence
+
+MAX_RUNNING = 256
+MAX_PRIORITY = 2**31
+MAX_CACHE_SALT_BYTES = 256
+
+
+def check_priority(priority: int) -> int:
+    """Raises ArgumentError unless it is a whole number from -2^31 to 2^31."""
+    if not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+        raise ArgumentError(f"priority: expected a whole number from -2^31 to 2^31, got {priority!r}")
+    return priority
+
+
+def check_salt(cache_salt: str) -> str:
+    """Raises ArgumentError unless it is a string of at most 256 bytes of UTF-8."""
+    expected = f"cache_salt: expected a string of at most {MAX_CACHE_SALT_BYTES} bytes of UTF-8, got "
+    try:
+        num_bytes = len(cache_salt.encode())
+    except (AttributeError, UnicodeEncodeError):
+        raise ArgumentError(expected + repr(cache_salt)) from None
+    if num_bytes > MAX_CACHE_SALT_BYTES:
+        raise ArgumentError(f"{expected}{num_bytes} bytes")
+    return cache_salt
+
+
+@dataclass
+class SchedulerStats:
+    """Counts since the model was loaded."""
+
+    num_started_tokens: int = 0
+    """Tokens of sequences when they started to run, or started again."""
+    num_hit_tokens: int = 0
+    """Those of them that the cache held already."""
+    num_preemptions: int = 0
 
 
 class Scheduler:
     """Runs sequences on one native decoder. Not thread-safe: its owner holds a lock."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, *, prefix_cache: bool = True) -> None:
+        self.stats = SchedulerStats()
         self._runner = runner
         self._decoder = runner.decoder
-        self._waiting: deque[Sequence] = deque()
+        self._prefix_cache = prefix_cache
+        self._num_arrivals = itertools.count()
+        # Both in order of service.
+        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+        # The first that waits, and the free pages that were too few for it.
+        self._blocked: tuple[Sequence | None, int] = (None, 0)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self._waiting.append(sequence)
+        sequence.order = (-sequence.priority, next(self._num_arrivals))
+        insort(self._waiting, sequence, key=_order)
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a sequence and free its pages; does nothing if it has finished."""
@@ -39,7 +94,10 @@ class Scheduler:
         return not self._waiting and not self._running
 
     def step(self) -> None:
-        """One native step. Each sequence that got a token accepts it."""
+        """One native step. Each sequence that got a token accepts it.
+
+        An error of the step becomes the failure of the sequences in it, and of no other.
+        """
         plan = self._plan()
         if not plan:
             return
@@ -54,71 +112,127 @@ class Scheduler:
             if sequence.num_cached == sequence.num_tokens:
                 sampled.append(sequence)
                 rows.append(len(token_ids) - 1)
-        tokens, logprobs = self._runner.step(token_ids, slots, rows, sampled)
-        for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
-            if sequence.accept(token, logprob):
-                self._running.remove(sequence)
-                self._release(sequence)
+        try:
+            tokens, logprobs = self._runner.step(token_ids, slots, rows, sampled)
+            for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+                if sequence.accept(token, logprob):
+                    self.cancel(sequence)
+        except BaseException as error:
+            # Tokens may be computed and not accepted: none of these can go on.
+            for sequence, _, _ in plan:
+                if not sequence.has_ended:
+                    self._fail(sequence, error if isinstance(error, Exception) else RuntimeError("step: interrupted"))
+            if not isinstance(error, Exception):
+                raise
 
     def _plan(self) -> list[tuple[Sequence, int, list[int]]]:
         """Sequences, their native numbers and the tokens that each feeds, with pages claimed for all of them."""
-        budget = self._runner.max_tokens
         plan: dict[Sequence, list[int]] = {}
-        # One token for each that decodes, then chunks for those still in their prompt; both in order of arrival.
-        for sequence in sorted(self._running, key=lambda s: s.num_tokens - s.num_cached > 1):
+        budget = self._runner.max_tokens
+        num_preemptions = self.stats.num_preemptions
+        can_start = True
+        first_pages: set[tuple[str, tuple[int, ...]]] = set()
+        # One token for each that decodes, then chunks of prompts, of those that run and those that can start.
+        decoding = [s for s in self._running if s.num_tokens - s.num_cached == 1]
+        prompts = heapq.merge(
+            [s for s in self._running if s.num_tokens - s.num_cached > 1], list(self._waiting), key=_order
+        )
+        for sequence in itertools.chain(decoding, prompts):
             if budget == 0:
                 break
-            if sequence not in self._running:  # gave its pages to an older one
-                continue
+            if sequence.slot is None:
+                # One that has just given its pages back would take them again.
+                can_start = can_start and self.stats.num_preemptions == num_preemptions
+                if not can_start or (first_pages and self._first_page(sequence) in first_pages):
+                    continue
+                if not self._start(sequence):
+                    can_start = sequence.failure is not None
+                    continue
             chunk = sequence.pending_token_ids(budget)
-            if self._claim(sequence, len(chunk), plan):
+            if self._claim(sequence, len(chunk)):
                 plan[sequence] = chunk
                 budget -= len(chunk)
-        while self._waiting and budget > 0:
-            sequence = self._waiting[0]
-            chunk = sequence.pending_token_ids(budget)
-            if self._pages_for(sequence, len(chunk)) > self._decoder.num_free_pages:
-                if not self._running:
-                    self._fail(sequence)
-                    continue
-                break
-            self._waiting.popleft()
-            sequence.slot = self._decoder.add_sequence()
-            self._decoder.grow(sequence.slot, len(chunk))
-            self._running.append(sequence)
-            plan[sequence] = chunk
-            budget -= len(chunk)
+                if sequence.num_cached == 0 and (first_page := self._first_page(sequence)) is not None:
+                    first_pages.add(first_page)
+        # Those that gave their pages back after they had been planned are left out.
         return [(sequence, sequence.slot, chunk) for sequence, chunk in plan.items() if sequence.slot is not None]
 
-    def _pages_for(self, sequence: Sequence, num_tokens: int) -> int:
+    def _first_page(self, sequence: Sequence) -> tuple[str, tuple[int, ...]] | None:
+        """What a page that others can start behind holds. One that begins alike waits a step until it is computed."""
         size = int(self._decoder.page_size)
-        return -(-(sequence.num_cached + num_tokens) // size) - -(-sequence.num_cached // size)
+        if not self._prefix_cache or len(sequence.prompt_token_ids) <= size:
+            return None
+        return sequence.cache_salt, tuple(sequence.prompt_token_ids[:size])
 
-    def _claim(self, sequence: Sequence, num_tokens: int, plan: dict[Sequence, list[int]]) -> bool:
-        """Claim pages, taking them (and its place in the plan) from the youngest sequence for as long as it needs.
+    def _start(self, sequence: Sequence) -> bool:
+        """Let a waiting sequence run, if all its tokens fit; those of lower priority give their pages back for it."""
+        while len(self._running) == MAX_RUNNING or not self._fits(sequence):
+            if not self._running:
+                self._fail_too_long(sequence)
+                return False
+            if self._running[-1].priority >= sequence.priority:
+                return False
+            self._preempt(self._running[-1])
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=_order)
+        self.stats.num_started_tokens += sequence.num_tokens
+        self.stats.num_hit_tokens += sequence.num_cached
+        return True
 
-        False if `sequence` itself was the youngest.
+    def _fits(self, sequence: Sequence) -> bool:
+        """Give it a native sequence with what the cache holds of it, if there are pages for the rest of its tokens."""
+        num_free = self._decoder.num_free_pages
+        blocked, num_pages = self._blocked
+        if self._running and sequence is blocked and num_free <= num_pages:
+            return False
+        slot = self._decoder.add_sequence(sequence.cache_salt if self._prefix_cache else None)
+        num_hit = 0
+        if self._prefix_cache:
+            # The last token is computed in any case: its logits are wanted.
+            ids = sequence.pending_token_ids(sequence.num_tokens - 1)
+            num_hit = self._decoder.adopt_prefix(slot, np.array(ids, np.int32))
+        if self._decoder.pages_needed(slot, sequence.num_tokens - num_hit) > self._decoder.num_free_pages:
+            self._decoder.free_sequence(slot)
+            self._blocked = (sequence, num_free)
+            return False
+        self._blocked = (None, 0)
+        sequence.slot, sequence.num_cached = slot, num_hit
+        return True
+
+    def _claim(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Claim pages, taking them from the last sequence for as long as it needs.
+
+        False if `sequence` itself was the last.
         """
         assert sequence.slot is not None
-        while self._pages_for(sequence, num_tokens) > self._decoder.num_free_pages:
+        while self._decoder.pages_needed(sequence.slot, num_tokens) > self._decoder.num_free_pages:
             victim = self._running[-1]
             if victim is sequence and len(self._running) == 1:
-                self._fail(sequence)
+                self._fail_too_long(sequence)
                 return False
-            self._running.pop()
-            plan.pop(victim, None)
-            self._release(victim)
-            self._waiting.appendleft(victim)
+            self._preempt(victim)
             if victim is sequence:
                 return False
         self._decoder.grow(sequence.slot, num_tokens)
         return True
 
-    def _fail(self, sequence: Sequence) -> None:
-        sequence.failure = CapacityError(
-            f"key/value cache: a sequence of {sequence.num_tokens} tokens does not fit into {self._decoder.num_pages} "
-            f"pages of {self._decoder.page_size} tokens; raise cache_tokens"
+    def _preempt(self, victim: Sequence) -> None:
+        self._running.remove(victim)
+        self._release(victim)
+        insort(self._waiting, victim, key=_order)
+        self.stats.num_preemptions += 1
+
+    def _fail_too_long(self, sequence: Sequence) -> None:
+        self._fail(
+            sequence,
+            CapacityError(
+                f"key/value cache: a sequence of {sequence.num_tokens} tokens does not fit into "
+                f"{self._decoder.num_pages} pages of {self._decoder.page_size} tokens; raise cache_tokens"
+            ),
         )
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        sequence.failure = error
         self.cancel(sequence)
 
     def _release(self, sequence: Sequence) -> None:
@@ -126,3 +240,7 @@ class Scheduler:
             self._decoder.free_sequence(sequence.slot)
             sequence.slot = None
             sequence.num_cached = 0
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order

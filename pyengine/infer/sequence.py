@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pyengine import _C
-from pyengine.errors import ArgumentError, PyEngineError
+from pyengine.errors import ArgumentError
 from pyengine.infer.grammar import Grammar
 from pyengine.infer.outputs import Completion, FinishReason, TextPiece, TokenLogprobs
 from pyengine.infer.sample_state import make_sample_state
@@ -51,7 +51,13 @@ class Sequence:
     stop_reason: int | str | None = None
     inbox: deque[TextPiece] = field(default_factory=deque)
     """Pieces that its caller has not taken yet; only of a stream."""
-    failure: PyEngineError | None = None
+    failure: Exception | None = None
+    priority: int = 0
+    """Higher goes first."""
+    cache_salt: str = ""
+    """Pages are shared with sequences of the same salt only."""
+    order: tuple[int, int] = (0, 0)
+    """Place in the scheduler's queues."""
     pieces: list[str] = field(default_factory=list)
     num_logprobs: int = field(init=False)
     """How many alternatives the native sampler ranks for it; -1 for no log-probabilities at all."""

@@ -214,7 +214,7 @@ def test_bad_sampling_params(options, message):
     [
         ({"weights": "int3"}, "weights: expected one of"),
         ({"mode": "fast"}, "mode: 'fast' needs weights in blocks"),
-        ({"kv_dtype": "int8"}, "kv_dtype"),
+        ({"kv_dtype": "int4"}, "kv_dtype"),
         ({"page_size": 17}, "page_size"),
         ({"threads": 0}, "num_threads: expected 1 to 256, got 0"),
         ({"max_batch_tokens": 0}, "max_batch_tokens"),

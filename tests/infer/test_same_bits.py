@@ -79,8 +79,9 @@ def test_batch_chunk_page_and_threads_change_no_bit(tiny, weights, mode):
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "q4_1"])
-def test_on_every_isa_level(isa, tiny, weights):
-    llm = LLM(tiny, **options(weights, "exact"))
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_on_every_isa_level(isa, tiny, weights, kv_dtype):
+    llm = LLM(tiny, kv_dtype=kv_dtype, **options(weights, "exact"))
     batch = sequences(6)
     alone = [run_batch(llm, [ids], chunk=512)[0] for ids in batch]
     assert_same(run_batch(llm, batch, chunk=7), alone)
@@ -97,6 +98,19 @@ def test_isa_levels_agree_within_rounding(tiny, weights):
     _C.set_active_isa(before)
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], rtol=0, atol=1e-4 * np.abs(results[0]).max())
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_int8_keys_and_values_in_any_page_chunk_and_batch(tiny, weights):
+    batch = sequences(6)
+    llm = LLM(tiny, kv_dtype="int8", **options(weights, "exact"))
+    alone = [run_batch(llm, [ids], chunk=512)[0] for ids in batch]
+    rounded = LLM(tiny, kv_dtype="bfloat16", **options(weights, "exact"))
+    assert run_batch(rounded, batch[3:4], chunk=512)[0].tobytes() != alone[3].tobytes()
+    for page_size in (16, 64, 256):
+        other = LLM(tiny, page_size=page_size, kv_dtype="int8", **options(weights, "exact"))
+        for chunk in (1, 7, 64):
+            assert_same(run_batch(other, batch, chunk=chunk), alone)
 
 
 @pytest.mark.parametrize(("weights", "mode"), CASES)

@@ -12,8 +12,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reas
 FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer", "-pthread"]
 SOURCES = {
     "checked": [],
-    "arena": ["arena", "error"],
-    "thread_pool": ["parallel", "error"],
+    "arena": ["runtime/arena", "runtime/error"],
+    "thread_pool": ["runtime/parallel", "runtime/error"],
+    "kv_cache": ["engine/kv_cache", "engine/prefix_index", "runtime/arena", "runtime/error"],
 }
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS"],
@@ -49,7 +50,7 @@ def run(executable, *arguments):
 
 @pytest.mark.parametrize(("name", "sanitizer"), [*((name, "address") for name in SOURCES), ("thread_pool", "thread")])
 def test_native(tmp_path, name, sanitizer):
-    sources = [f"{ROOT}/tests/native/{name}.cpp", *(f"{ROOT}/csrc/runtime/{part}.cpp" for part in SOURCES[name])]
+    sources = [f"{ROOT}/tests/native/{name}.cpp", *(f"{ROOT}/csrc/{part}.cpp" for part in SOURCES[name])]
     arguments = ["fork"] if name == "thread_pool" and sanitizer == "address" else []
     result = run(build(tmp_path, sources, sanitizer), *arguments)
     assert result.returncode == 0, result.stderr

@@ -13,7 +13,7 @@ from pyengine.reference.attention_decode import kv_append as reference_append
 from pyengine.testing import LAYOUTS, assert_accurate, assert_same_bits, force_num_threads
 from pyengine.testing.guard import guarded
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 NAN = float("nan")
 
 
@@ -27,10 +27,15 @@ class Cache:
     def __init__(self, lengths, num_kv_heads, head_dim, page_size, dtype, guard=False):
         counts = [-(-length // page_size) for length in lengths]
         num_pages, width = sum(counts), max([1, *counts])
-        self.k_pages = torch.full((num_pages, num_kv_heads, page_size // 16, head_dim, 16), NAN, dtype=dtype)
-        self.v_pages = torch.full((num_pages, num_kv_heads, page_size, head_dim), NAN, dtype=dtype)
+        nothing = 99 if dtype == INT8 else NAN
+        self.k_pages = torch.full((num_pages, num_kv_heads, page_size // 16, head_dim, 16), nothing, dtype=dtype)
+        self.v_pages = torch.full((num_pages, num_kv_heads, page_size, head_dim), nothing, dtype=dtype)
+        self.scales = {}
+        if dtype == INT8:
+            self.scales = {name: torch.full(self.v_pages.shape[:3], NAN) for name in ("k_scales", "v_scales")}
         if guard:
             self.k_pages, self.v_pages = guarded(self.k_pages), guarded(self.v_pages)
+            self.scales = {name: guarded(t) for name, t in self.scales.items()}
         # Entries that no row uses name no page at all.
         self.block_table = torch.full((len(lengths), width), -(2**31), dtype=torch.int32)
         pages = iter(torch.randperm(num_pages).tolist())
@@ -39,10 +44,10 @@ class Cache:
         self.page_size = page_size
 
     def append(self, k, v, seq, position):
-        kv_append(k, v, self.k_pages, self.v_pages, self.block_table, int32(seq), int32(position))
+        kv_append(k, v, *self.tensors, int32(seq), int32(position), **self.scales)
 
     def attend(self, q, seq, position, **options):
-        return attention_decode(q, *self.tensors, int32(seq), int32(position), **options)
+        return attention_decode(q, *self.tensors, int32(seq), int32(position), **self.scales, **options)
 
     @property
     def tensors(self):
@@ -54,8 +59,8 @@ def filled(lengths, num_kv_heads, head_dim, page_size, dtype, append=kv_append, 
     cache = Cache(lengths, num_kv_heads, head_dim, page_size, dtype, guard)
     kv = []
     for s, length in enumerate(lengths):
-        k, v = (torch.randn(length, num_kv_heads, head_dim).to(dtype) for _ in range(2))
-        append(k, v, *cache.tensors, int32([s] * length), int32(range(length)))
+        k, v = (torch.randn(length, num_kv_heads, head_dim).to(F32 if dtype == INT8 else dtype) for _ in range(2))
+        append(k, v, *cache.tensors, int32([s] * length), int32(range(length)), **cache.scales)
         kv.append((k, v))
     return cache, kv
 
@@ -71,13 +76,14 @@ def decode_case(head_dim, dtype, cache_dtype):
     rows = int32([2, 0, 0, 2, 1]), int32([199, 30, 31, 0, 0])
     q = torch.randn(5, 4, head_dim).to(dtype)
     exact, baseline = (
-        [reference(x, *cache.tensors, *rows, sliding_window=w) for w in WINDOWS] for x in (q.double(), q)
+        [reference(x, *cache.tensors, *rows, sliding_window=w, **cache.scales) for w in WINDOWS]
+        for x in (q.double(), q)
     )
     return cache, rows, q, exact, baseline
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("cache_dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("cache_dtype", [F32, BF16, INT8], ids=str)
 @pytest.mark.parametrize("head_dim", [1, 15, 16, 17, 64, 80, 96, 128, 200, 256])
 def test_matches_reference(isa, head_dim, dtype, cache_dtype):
     cache, rows, q, exact, baseline = decode_case(head_dim, dtype, cache_dtype)
@@ -109,22 +115,26 @@ def test_layouts(isa, layout):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("cache_dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("cache_dtype", [F32, BF16, INT8], ids=str)
 def test_append_writes_its_slots_alone(isa, dtype, cache_dtype):
     torch.manual_seed(0)
     k, v = (torch.randn(6, 3, 19).to(dtype) for _ in range(2))
     k[0, 0, 0], v[1, 1, 1] = NAN, float("inf")
     seq, position = int32([1, 0, 0, 1, 0, 1]), int32([0, 40, 7, 33, 31, 1])
     cache = Cache([64, 34], 3, 19, 32, cache_dtype)
+    k[2, 0] = 0.0  # the scale of a head of zeros is zero
     expected = [cache.k_pages.clone(), cache.v_pages.clone()]
-    reference_append(k, v, *expected, cache.block_table, seq, position)
+    scales = {name: t.clone() for name, t in cache.scales.items()}
+    reference_append(k, v, *expected, cache.block_table, seq, position, **scales)
     cache.append(k, v, seq, position)
-    for got, want in zip((cache.k_pages, cache.v_pages), expected, strict=True):
+    for got, want in zip(
+        (cache.k_pages, cache.v_pages, *cache.scales.values()), (*expected, *scales.values()), strict=True
+    ):
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_same_bits_in_any_chunk_page_batch_and_number_of_threads(isa, dtype):
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(F32, F32), (BF16, BF16), (F32, INT8)], ids=str)
+def test_same_bits_in_any_chunk_page_batch_and_number_of_threads(isa, dtype, cache_dtype):
     torch.manual_seed(0)
     lengths, num_kv_heads, head_dim = [150, 97, 1], 2, 40
     kv = [[torch.randn(n, num_kv_heads, head_dim).to(dtype) for _ in range(2)] for n in lengths]
@@ -132,7 +142,7 @@ def test_same_bits_in_any_chunk_page_batch_and_number_of_threads(isa, dtype):
     for window in (None, 50):
         expected = None
         for page_size in (16, 32, 64, 256):
-            cache = Cache(lengths, num_kv_heads, head_dim, page_size, dtype)
+            cache = Cache(lengths, num_kv_heads, head_dim, page_size, cache_dtype)
             for s, (k, v) in enumerate(kv):
                 cache.append(k, v, [s] * len(k), range(len(k)))
 
@@ -185,25 +195,26 @@ def test_any_batch_of_rows_matches_reference(data):
     assert_accurate(cache.attend(q, seq, position, sliding_window=window), exact, baseline)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(F32, F32), (BF16, BF16), (F32, INT8)], ids=str)
 @pytest.mark.parametrize("head_dim", [7, 16, 33])
-def test_touches_no_byte_outside_its_tensors(isa, head_dim, dtype):
+def test_touches_no_byte_outside_its_tensors(isa, head_dim, dtype, cache_dtype):
     for at_end in (True, False):
-        cache, _ = filled([33], 2, head_dim, 16, dtype, guard=True)
+        cache, _ = filled([33], 2, head_dim, 16, cache_dtype, guard=True)
         q = guarded(torch.randn(3, 4, head_dim).to(dtype), at_end=at_end)
         y = guarded(torch.zeros(3, 4, head_dim).to(dtype), at_end=at_end)
         table, seq, position = (
             guarded(t, at_end=at_end) for t in (cache.block_table, int32([0] * 3), int32([0, 15, 32]))
         )
-        _C.attention_decode_cpu(q, cache.k_pages, cache.v_pages, table, seq, position, y, 1.0, None)
+        _C.attention_decode_cpu(q, cache.k_pages, cache.v_pages, table, seq, position, y, 1.0, None, **cache.scales)
         assert y.isfinite().all()
         k = guarded(torch.randn(3, 2, head_dim).to(dtype), at_end=at_end)
-        _C.kv_append_cpu(k, k, cache.k_pages, cache.v_pages, table, seq, position)
+        _C.kv_append_cpu(k, k, cache.k_pages, cache.v_pages, table, seq, position, **cache.scales)
 
 
-def test_what_a_row_does_not_see_does_not_reach_it(isa):
+@pytest.mark.parametrize("cache_dtype", [F32, INT8], ids=str)
+def test_what_a_row_does_not_see_does_not_reach_it(isa, cache_dtype):
     torch.manual_seed(0)
-    cache, _ = filled([100], 2, 24, 32, F32)
+    cache, _ = filled([100], 2, 24, 32, cache_dtype)
     rows = list(range(40, 60))
     q = torch.randn(len(rows), 4, 24)
     expected = cache.attend(q, [0] * len(rows), rows, sliding_window=20)
@@ -234,13 +245,17 @@ def test_no_rows(isa):
     cache.append(torch.zeros(0, 1, 8), torch.zeros(0, 1, 8), [], [])
 
 
-def test_opcheck():
-    cache, _ = filled([20], 2, 8, 16, F32)
+@pytest.mark.parametrize("cache_dtype", [F32, INT8], ids=str)
+def test_opcheck(cache_dtype):
+    cache, _ = filled([20], 2, 8, 16, cache_dtype)
     seq, position = int32([0, 0]), int32([3, 19])
     ops = torch.ops.pyengine
     for op, args in [
-        (ops.attention_decode, (torch.randn(2, 4, 8), *cache.tensors, seq, position, 0.5, 7)),
-        (ops.kv_append, (torch.randn(2, 2, 8), torch.randn(2, 2, 8), *cache.tensors, seq, position)),
+        (ops.attention_decode, (torch.randn(2, 4, 8), *cache.tensors, seq, position, 0.5, 7, *cache.scales.values())),
+        (
+            ops.kv_append,
+            (torch.randn(2, 2, 8), torch.randn(2, 2, 8), *cache.tensors, seq, position, *cache.scales.values()),
+        ),
     ]:
         assert set(torch.library.opcheck(op.default, args).values()) == {"SUCCESS"}
 
@@ -294,6 +309,43 @@ def test_error_names_the_op_the_argument_and_both_sides(device):
         RuntimeError, match=r"\[kv_append\] v: expected shape \(1, 2, 8\), the shape of k, got \(1, 1, 8\)"
     ):
         kv_append(rows, rows[:, :1], *pages, *index)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_int8_pages_come_with_scales_and_no_others_do(device):
+    q, index = torch.zeros(1, 2, 8, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    table, scales = index[None], torch.zeros(3, 2, 16, device=device)
+
+    def decode(dtype, k_scales, v_scales):
+        k_pages = torch.zeros(3, 2, 1, 8, 16, dtype=dtype, device=device)
+        v_pages = torch.zeros(3, 2, 16, 8, dtype=dtype, device=device)
+        kv_append(q, q, k_pages, v_pages, table, index, index, k_scales=k_scales, v_scales=v_scales)
+        attention_decode(q, k_pages, v_pages, table, index, index, k_scales=k_scales, v_scales=v_scales)
+
+    for arguments, message in [
+        ((INT8, None, scales), r"k_scales: expected a tensor, for int8 pages, got None"),
+        ((INT8, scales, None), r"v_scales: expected a tensor, for int8 pages, got None"),
+        ((F32, scales, None), r"k_scales: expected None, for pages that are not int8"),
+        ((INT8, scales, scales.double()), r"v_scales: expected torch.float32, got torch.float64"),
+        ((INT8, scales[:2], scales), r"k_scales: expected shape \(3, 2, 16\).* got \(2, 2, 16\)"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            decode(*arguments)
+    decode(INT8, scales, scales.clone())
+    decode(F32, None, None)
+
+
+def test_native_checks_of_scales():
+    cache, _ = filled([20], 2, 8, 16, INT8)
+    q, index, y = torch.zeros(1, 2, 8), int32([0]), torch.zeros(1, 2, 8)
+    good = cache.scales["k_scales"]
+    for bad, message in [(None, "k_scales: expected a tensor"), (good.double(), "k_scales: expected float32"),
+                         (good[:1], "k_scales"), (good.transpose(1, 2), "k_scales")]:  # fmt: skip
+        with pytest.raises(ArgumentError, match=message):
+            _C.attention_decode_cpu(q, *cache.tensors, index, index, y, 1.0, None, k_scales=bad, v_scales=good)
+    cache, _ = filled([20], 2, 8, 16, F32)
+    with pytest.raises(ArgumentError, match="v_scales: expected None"):
+        _C.kv_append_cpu(q, q, *cache.tensors, index, index, v_scales=good)
 
 
 def test_what_the_data_names_must_exist():

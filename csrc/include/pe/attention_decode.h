@@ -6,10 +6,13 @@
 //            the last sliding_window of them
 // Cache      key j of a sequence lies in page block_table[seq][j / page_size], at o = j % page_size:
 //            K page [num_kv_heads][page_size / 16][D][16]: (g, d) at [g][o / 16][d][o % 16], so that scores of 16 keys
-//            are one chain of vector operations;  V page [num_kv_heads][page_size][D]: (g, d) at [g][o][d]
+//            are one chain of vector operations;  V page [num_kv_heads][page_size][D]: (g, d) at [g][o][d];  of an int8
+//            cache also f32 scales of K and of V, a page of each [num_kv_heads][page_size]: g at [g][o]
 // Shapes     q, y [T, H, D]; k, v [T, K, D] (append): last dimension contiguous, other strides in elements; H % K == 0,
 //            1 <= D <= 256; seq, position [T]; block_table [num_seqs, block_table_stride]; page_size % 16 == 0
-// Numerics   f32 | bf16 q and y, f32 | bf16 cache; arithmetic in f32; one rounding at the store of y, one in append
+// Numerics   f32 | bf16 q and y, f32 | bf16 | int8 cache; arithmetic in f32; one rounding at the store of y, one in append.
+//            int8: append quantises each head of a token as a row of quantize_int8; a score is (the dot product with the
+//            int8 key) * its scale, a weight is multiplied by the scale of its value, nothing is dequantised on the way
 // Writes     y and the named slots are overwritten. What no row sees counts for nothing: pages may hold NaN there, and
 //            table entries before a window or past the last position may be anything
 // Order      a row of y has the same bits in any batch, chunk, page size and number of threads, and those of attention
@@ -37,6 +40,8 @@ struct AttentionDecode {
   int64_t num_rows, num_heads, num_kv_heads, head_dim, page_size;
   int64_t q_row_stride, q_head_stride, y_row_stride, y_head_stride;
   int64_t k_page_stride, v_page_stride, block_table_stride;
+  const float *k_scales, *v_scales;  // of an int8 cache, else nullptr
+  int64_t k_scale_page_stride, v_scale_page_stride;
   int64_t sliding_window;  // 0: none
   float scale;
   DType dtype;        // of q and y
@@ -54,6 +59,8 @@ struct KvAppend {
   int64_t num_rows, num_kv_heads, head_dim, page_size;
   int64_t k_row_stride, k_head_stride, v_row_stride, v_head_stride;
   int64_t k_page_stride, v_page_stride, block_table_stride;
+  float *k_scales, *v_scales;  // of an int8 cache, else nullptr
+  int64_t k_scale_page_stride, v_scale_page_stride;
   DType dtype;  // of k and v
   DType cache_dtype;
 };
