@@ -12,6 +12,7 @@ from pyengine import _C
 if importlib.util.find_spec("torch") is None:
     # These import torch or transformers, their subject or their oracle, as soon as they are read.
     collect_ignore_glob = [
+        "calibrate/test_*.py",
         "ops/test_*.py",
         "infer/test_against_transformers.py",
         "infer/test_smollm2.py",
