@@ -218,7 +218,9 @@ def report(
     summary: dict[str, Any] = {"bench": "compare_inference", "commit": record["commit"], "threads": args.threads}
     if args.llama_python:
         ours = [worker.name for worker in workers if worker.name != BASE]
-        summary["ratio"] = {row.name: {name: round(row.ratio(name, BASE)[0], 3) for name in ours} for row in rows}
+        summary["ratio"] = {
+            row.name: {name: round(row.ratio(name, BASE)[0], 3) for name in ours} for row in rows if row.values
+        }
         summary["memory_ratio"] = {name: round(memory[BASE] / memory[name], 3) for name in ours}
     summary["mean_kl"] = {name: float(f"{value:.3g}") for name, value in accuracy.items()}
     record["summary"] = summary

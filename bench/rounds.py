@@ -88,13 +88,15 @@ def run_row(
 ) -> None:
     """Time `call` on every worker in each round. Rounds in which a probe moved by more than `max_move` are thrown away.
 
-    Raises RuntimeError when three in four rounds had to be thrown away.
+    When three in four had to be thrown away, the row keeps no values.
     """
     row.values = {worker.name: [] for worker in workers}
     attempt = 0
     while len(row.values[workers[0].name]) < num_rounds:
         if attempt >= 4 * num_rounds:
-            raise RuntimeError(f"{row.name}: the machine is not quiet: {row.num_rejected} of {attempt} rounds rejected")
+            progress(f"{row.name}: left out, the machine is not quiet: {row.num_rejected} of {attempt} rounds rejected")
+            row.values, row.probes = {}, []
+            return
         shift = attempt % len(workers)
         order = workers[shift:] + workers[:shift]
         attempt += 1
