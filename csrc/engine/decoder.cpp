@@ -180,7 +180,7 @@ void Decoder::step(const Step& step) {
   check(step);
   place(step);
   const int num_workers = region_size();
-  Phases phases;
+  Phases phases(num_workers);
   reserve_scratch(num_workers);
   parallel_region(num_workers, [&](int worker_index) {
     Phases::Worker worker(phases, worker_index);
