@@ -53,8 +53,7 @@ class Explanation:
             f"threads   {self.threads}",
             f"weights   {formats}; {self.weight_bytes / 1e6:.1f} MB, "
             f"{self.bytes_per_token / 1e6:.1f} MB read per token",
-            f"mode      {self.mode}: activations {self.act_dtype}"
-            + _ROUNDING[self.mode],
+            f"mode      {self.mode}: activations {self.act_dtype}" + _ROUNDING[self.mode],
             f"cache     {self.kv_dtype}, {self.max_context} tokens a sequence, "
             f"{self.cache_bytes / 1e6:.0f} MB reserved",
         ]
