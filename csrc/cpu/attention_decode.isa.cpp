@@ -3,90 +3,157 @@
 
 #include "simd/attention_rows.h"
 #include "simd/quantize_row.h"
+#include "simd/unroll.h"
 
 namespace pe::PE_ISA {
 namespace {
 
-// T of q and y, C of the cache; with kRound, q is f32 and rounded to bf16.
+// One kv head of a run of rows. T of q and y, C of the cache; with kRound, q is f32 and rounded to bf16.
 template <class T, class C, bool kRound>
-void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, int64_t row_end, void* scratch) {
-  constexpr bool kPairs = kBf16Pairs && sizeof(C) == sizeof(bf16) && (kRound || sizeof(T) == sizeof(bf16));
-  const int64_t group_size = a.num_heads / a.num_kv_heads, head_begin = kv_head * group_size;
-  const ForwardRows rows((row_end - row_begin) * group_size, a.head_dim, scratch);
-  const T* q = static_cast<const T*>(a.q);
-  for (int64_t t = row_begin, r = 0; t < row_end; ++t) {
-    const int64_t end = int64_t{a.position[t]} + 1;
-    const int64_t begin = a.sliding_window > 0 ? max_of(end - a.sliding_window, 0) : 0;
-    for (int64_t h = head_begin; h < head_begin + group_size; ++h, ++r) {
-      rows.ranges.begin[r] = begin;
-      rows.ranges.end[r] = end;
-      const T* q_row = q + t * a.q_row_stride + h * a.q_head_stride;
-      if constexpr (kRound && !kPairs) {
-        alignas(64) bf16 rounded[kAttentionMaxHeadDim];
-        store_row(rounded, a.head_dim, q_row, [](VecF v) { return v; });
-        rows.template set_q<false>(r, rounded);
-      } else {
-        rows.template set_q<kPairs>(r, q_row);
+struct Run {
+  static constexpr bool kPairs = kBf16Pairs && sizeof(C) == sizeof(bf16) && (kRound || sizeof(T) == sizeof(bf16));
+
+  const AttentionDecode& a;
+  const AttentionDecodeItem& item;
+  const int64_t group_size = a.num_heads / a.num_kv_heads, head_begin = item.kv_head * group_size;
+  const ForwardRows rows;
+
+  Run(const AttentionDecode& args, const AttentionDecodeItem& item_, void* scratch)
+      : a(args),
+        item(item_),
+        rows((item_.row_end - item_.row_begin) * (args.num_heads / args.num_kv_heads), args.head_dim, scratch) {
+    for (int64_t t = item.row_begin, r = 0; t < item.row_end; ++t) {
+      const int64_t end = int64_t{a.position[t]} + 1;
+      const int64_t begin = a.sliding_window > 0 ? max_of(end - a.sliding_window, 0) : 0;
+      for (int64_t h = 0; h < group_size; ++h, ++r) {
+        rows.ranges.begin[r] = begin;
+        rows.ranges.end[r] = end;
       }
     }
   }
 
-  const int32_t* pages = a.block_table + a.seq[row_begin] * a.block_table_stride;
-  const C* k_pages = static_cast<const C*>(a.k_pages);
-  const C* v_pages = static_cast<const C*>(a.v_pages);
-  const auto slot_of = [&](int64_t key) { return kv_head * a.page_size + key % a.page_size; };
-  const int64_t num_keys = int64_t{a.position[row_end - 1]} + 1;
-  attend<C, kPairs>(rows, a.scale, [&](int64_t base, int64_t key_begin, int64_t key_end) {
-    KvBlock<C> kv{};
-    kv.v_row_stride = a.head_dim;
-    for (int64_t b = (key_begin - base) / kLaneKeys; base + b * kLaneKeys < key_end; ++b) {
-      const int64_t key = base + b * kLaneKeys, page = pages[key / a.page_size], slot = slot_of(key);
-      kv.k[b] = k_pages + page * a.k_page_stride + slot * a.head_dim;
-      kv.v[b] = v_pages + page * a.v_page_stride + slot * a.head_dim;
-      if constexpr (sizeof(C) == 1) {
-        kv.k_scales[b] = a.k_scales + page * a.k_scale_page_stride + slot;
-        kv.v_scales[b] = a.v_scales + page * a.v_scale_page_stride + slot;
+  void set_queries() const {
+    for (int64_t t = item.row_begin, r = 0; t < item.row_end; ++t) {
+      for (int64_t h = head_begin; h < head_begin + group_size; ++h, ++r) {
+        const T* q = static_cast<const T*>(a.q) + t * a.q_row_stride + h * a.q_head_stride;
+        if constexpr (kRound && !kPairs) {
+          alignas(64) bf16 rounded[kAttentionMaxHeadDim];
+          store_row(rounded, a.head_dim, q, [](VecF v) { return v; });
+          rows.template set_q<false>(r, rounded);
+        } else {
+          rows.template set_q<kPairs>(r, q);
+        }
       }
     }
-    for (int64_t b = 0; b < kLaneBlocks; ++b) {
-      const int64_t key = base + kBlockKeys + b * kLaneKeys;
-      if (key < num_keys) {
-        const int64_t page = pages[key / a.page_size], slot = slot_of(key);
-        kv.next_k[b] = k_pages + page * a.k_page_stride + slot * a.head_dim;
-        kv.next_v[b] = v_pages + page * a.v_page_stride + slot * a.head_dim;
-      } else {
-        kv.next_k[b] = kv.k[b];
-        kv.next_v[b] = kv.v[b];
-      }
-    }
-    return kv;
-  });
-
-  T* y = static_cast<T*>(a.y);
-  for (int64_t t = row_begin, r = 0; t < row_end; ++t)
-    for (int64_t h = head_begin; h < head_begin + group_size; ++h, ++r)
-      rows.finish_row(r, y + t * a.y_row_stride + h * a.y_head_stride, nullptr);
-}
-
-template <class T, bool kRound>
-auto run_for(DType cache_dtype) {
-  return cache_dtype == DType::f32    ? run_of_rows<T, float, kRound>
-         : cache_dtype == DType::bf16 ? run_of_rows<T, bf16, kRound>
-                                      : run_of_rows<T, int8_t, kRound>;
-}
-
-void rows(const AttentionDecode& a, int64_t item_begin, int64_t item_end, void* scratch) {
-  const auto run = a.dtype == DType::bf16 ? run_for<bf16, false>(a.cache_dtype)
-                   : a.round_q            ? run_for<float, true>(a.cache_dtype)
-                                          : run_for<float, false>(a.cache_dtype);
-  // Items are numbered run by run, the kv heads of one run after each other.
-  int64_t item = 0;
-  for (int64_t begin = 0; begin < a.num_rows && item < item_end;) {
-    const int64_t end = attention_decode_run_end(a, begin);
-    for (int64_t kv_head = 0; kv_head < a.num_kv_heads; ++kv_head, ++item)
-      if (item >= item_begin && item < item_end) run(a, kv_head, begin, end, scratch);
-    begin = end;
   }
+
+  // Walks lane blocks from one whose page is looked up by division.
+  struct Cursor {
+    const AttentionDecode& a;
+    const int32_t* page;
+    int64_t head, offset;  // of the lane block in its page
+
+    Cursor(const AttentionDecode& args, const int32_t* pages, int64_t kv_head, int64_t key)
+        : a(args), page(pages + key / args.page_size), head(kv_head), offset(key % args.page_size) {}
+    int64_t slot() const { return head * a.page_size + offset; }
+    const C* k() const { return static_cast<const C*>(a.k_pages) + *page * a.k_page_stride + slot() * a.head_dim; }
+    const C* v() const { return static_cast<const C*>(a.v_pages) + *page * a.v_page_stride + slot() * a.head_dim; }
+    void advance() {
+      offset += kLaneKeys;
+      if (offset == a.page_size) {
+        offset = 0;
+        ++page;
+      }
+    }
+  };
+
+  // Where the keys lie. Behind the last block of this item comes the first one of the next head, as items follow.
+  auto kv_blocks() const {
+    return [this, pages = a.block_table + a.seq[item.row_begin] * a.block_table_stride](int64_t base, int64_t key_begin,
+                                                                                        int64_t key_end) {
+      KvBlock<C> kv{};
+      kv.v_row_stride = a.head_dim;
+      const int64_t first = key_begin / kLaneKeys * kLaneKeys;
+      const bool is_last = base + kBlockKeys >= item.key_end;
+      int64_t next_key = is_last ? item.key_begin : first + kBlockKeys;
+      const int64_t next_end = item.kv_head + is_last < a.num_kv_heads ? item.key_end : 0;
+      Cursor here(a, pages, item.kv_head, first), next(a, pages, item.kv_head + is_last, next_key);
+      for (int64_t key = first; key < key_end; key += kLaneKeys, here.advance()) {
+        const int64_t b = (key - base) / kLaneKeys;
+        kv.k[b] = kv.next_k[b] = here.k();
+        kv.v[b] = kv.next_v[b] = here.v();
+        if constexpr (sizeof(C) == 1) {
+          kv.k_scales[b] = a.k_scales + *here.page * a.k_scale_page_stride + here.slot();
+          kv.v_scales[b] = a.v_scales + *here.page * a.v_scale_page_stride + here.slot();
+        }
+        if (next_key < next_end) {
+          kv.next_k[b] = next.k();
+          kv.next_v[b] = next.v();
+          next.advance();
+          next_key += kLaneKeys;
+        }
+      }
+      return kv;
+    };
+  }
+
+  void finish() const {
+    for (int64_t t = item.row_begin, r = 0; t < item.row_end; ++t)
+      for (int64_t h = head_begin; h < head_begin + group_size; ++h, ++r)
+        rows.finish_row(r, static_cast<T*>(a.y) + t * a.y_row_stride + h * a.y_head_stride, nullptr);
+  }
+
+  // All keys at once.
+  void whole() const {
+    set_queries();
+    attend<C, kPairs>(rows, a.scale, kv_blocks());
+    finish();
+  }
+
+  // One part, into `states`.
+  void part(float* states) const {
+    set_queries();
+    attend_part<C, kPairs>(rows, item.key_begin, a.scale, kv_blocks());
+    const int64_t num_floats = rows.ranges.num_rows * attention_state_floats(a.head_dim);
+    for (int64_t i = 0; i < num_floats; ++i) states[i] = rows.part_states[i];
+  }
+
+  // The sum of all parts, whose states lie `stride` floats apart.
+  void merge(float* states) const {
+    const int64_t stride = a.num_kv_heads * attention_decode_part_floats(a);
+    for (int64_t part = item.key_begin; part < item.key_end; part += kAttentionPartKeys, states += stride)
+      rows.add_part(states, part);
+    finish();
+  }
+};
+
+// Calls body(run) with the run of `item`, of whichever types.
+template <class Body>
+void with_run(const AttentionDecode& a, const AttentionDecodeItem& item, void* scratch, const Body& body) {
+  const auto with_cache = [&]<class T, int kRound>(T, Index<kRound>) {
+    switch (a.cache_dtype) {
+      case DType::f32:
+        return body(Run<T, float, kRound>(a, item, scratch));
+      case DType::bf16:
+        return body(Run<T, bf16, kRound>(a, item, scratch));
+      default:
+        return body(Run<T, int8_t, kRound>(a, item, scratch));
+    }
+  };
+  if (a.dtype == DType::bf16) return with_cache(bf16{}, Index<0>{});
+  a.round_q ? with_cache(float{}, Index<1>{}) : with_cache(float{}, Index<0>{});
+}
+
+void rows(const AttentionDecode& a, const AttentionDecodeItem& item, void* scratch) {
+  with_run(a, item, scratch, [](const auto& run) { run.whole(); });
+}
+
+void part(const AttentionDecode& a, const AttentionDecodeItem& item, float* states, void* scratch) {
+  with_run(a, item, scratch, [&](const auto& run) { run.part(states); });
+}
+
+void merge(const AttentionDecode& a, const AttentionDecodeItem& item, float* states, void* scratch) {
+  with_run(a, item, scratch, [&](const auto& run) { run.merge(states); });
 }
 
 // Writes one head of a token as the cache holds it; the scale is what an int8 cache needs beside it.
@@ -140,6 +207,6 @@ void append(const KvAppend& a, int64_t row_begin, int64_t row_end) {
 
 }  // namespace
 
-constinit const AttentionDecodeIsa attention_decode = {rows, append};
+constinit const AttentionDecodeIsa attention_decode = {rows, part, merge, append};
 
 }  // namespace pe::PE_ISA

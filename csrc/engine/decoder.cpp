@@ -190,6 +190,7 @@ void Decoder::step(const Step& step) {
   const int num_workers = region_size();
   Phases phases(num_workers);
   reserve_scratch(num_workers);
+  plan_attention(num_workers);
   parallel_region(num_workers, [&](int worker_index) {
     Phases::Worker worker(phases, worker_index);
     run(step, worker);
@@ -210,6 +211,83 @@ void Decoder::reserve_scratch(int num_workers) {
     scratch_ = std::make_unique<Arena>(scratch_bytes_ * static_cast<size_t>(num_workers), "attention scratch");
     scratch_base_ = scratch_->allocate(scratch_->capacity());
   }
+}
+
+AttentionDecode Decoder::attention_of(int64_t layer) const {
+  const ModelConfig& c = model_->config();
+  return {.q = qkv_,
+          .k_pages = cache_.k_pages(layer),
+          .v_pages = cache_.v_pages(layer),
+          .y = attended_,
+          .seq = batch_seqs_.data(),
+          .position = positions_.data(),
+          .block_table = block_table_.data(),
+          .num_rows = static_cast<int64_t>(positions_.size()),
+          .num_heads = c.num_heads,
+          .num_kv_heads = c.num_kv_heads,
+          .head_dim = c.head_dim,
+          .page_size = cache_.page_size(),
+          .q_row_stride = c.qkv_size(),
+          .q_head_stride = c.head_dim,
+          .y_row_stride = c.q_size(),
+          .y_head_stride = c.head_dim,
+          .k_page_stride = cache_.page_stride(),
+          .v_page_stride = cache_.page_stride(),
+          .block_table_stride = block_table_stride_,
+          .k_scales = cache_.k_scales(layer),
+          .v_scales = cache_.v_scales(layer),
+          .k_scale_page_stride = cache_.scale_page_stride(),
+          .v_scale_page_stride = cache_.scale_page_stride(),
+          .sliding_window = c.layers[static_cast<size_t>(layer)].sliding_window,
+          .scale = c.attention_scale,
+          .dtype = c.act_dtype,
+          .cache_dtype = cache_.dtype(),
+          .round_q = rounds_q(c, cache_.dtype())};
+}
+
+void Decoder::plan_attention(int num_workers) {
+  attention_plans_.clear();
+  size_t num_parts = 0;
+  const auto planned = [&](int64_t sliding_window) {
+    return std::ranges::any_of(attention_plans_, [&](const auto& p) { return p.sliding_window == sliding_window; });
+  };
+  for (int64_t layer = 0; layer < model_->config().num_layers; ++layer) {
+    const AttentionDecode args = attention_of(layer);
+    if (planned(args.sliding_window)) continue;
+    AttentionPlan& plan = attention_plans_.emplace_back();
+    plan.sliding_window = args.sliding_window;
+    plan.items.resize(static_cast<size_t>(attention_decode_items(args, nullptr)));
+    attention_decode_items(args, plan.items.data());
+    const int64_t count = attention_decode_parts(args, nullptr);
+    if (!attention_decode_splits(std::ssize(plan.items), count, num_workers)) continue;
+    plan.parts.resize(static_cast<size_t>(count));
+    attention_decode_parts(args, plan.parts.data());
+    num_parts = std::max(num_parts, plan.parts.size());
+  }
+  const size_t bytes = num_parts * static_cast<size_t>(attention_decode_part_floats(attention_of(0))) * sizeof(float);
+  if (bytes > 0 && (!part_states_ || part_states_->capacity() < bytes)) {
+    part_states_ = std::make_unique<Arena>(bytes, "attention parts");
+    part_states_base_ = reinterpret_cast<float*>(part_states_->allocate(bytes));
+  }
+}
+
+void Decoder::attend(Phases::Worker& worker, int64_t layer) {
+  const AttentionDecode args = attention_of(layer);
+  const AttentionDecodeIsa& isa = attention_decode_isa();
+  const AttentionPlan& plan = *std::ranges::find(attention_plans_, args.sliding_window, &AttentionPlan::sliding_window);
+  const int64_t part_floats = attention_decode_part_floats(args);
+  uint8_t* scratch = scratch_base_ + scratch_bytes_ * static_cast<size_t>(worker.index());
+  const auto each = [&](const std::vector<AttentionDecodeItem>& items, const auto& body) {
+    worker.run(std::ssize(items), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i, items[static_cast<size_t>(i)]);
+    });
+  };
+  if (plan.parts.empty()) return each(plan.items, [&](int64_t, const auto& item) { isa.rows(args, item, scratch); });
+  each(plan.parts,
+       [&](int64_t i, const auto& part) { isa.part(args, part, part_states_base_ + i * part_floats, scratch); });
+  each(plan.items, [&](int64_t, const auto& item) {
+    isa.merge(args, item, part_states_base_ + item.first_part * part_floats, scratch);
+  });
 }
 
 void Decoder::mark(Phases::Worker& worker, PhaseKind kind) {
@@ -469,37 +547,7 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
     });
     mark(worker, PhaseKind::rope);
 
-    const AttentionDecode attention{.q = qkv_,
-                                    .k_pages = cache_.k_pages(i),
-                                    .v_pages = cache_.v_pages(i),
-                                    .y = attended_,
-                                    .seq = batch_seqs_.data(),
-                                    .position = positions_.data(),
-                                    .block_table = block_table_.data(),
-                                    .num_rows = num_tokens,
-                                    .num_heads = c.num_heads,
-                                    .num_kv_heads = c.num_kv_heads,
-                                    .head_dim = c.head_dim,
-                                    .page_size = cache_.page_size(),
-                                    .q_row_stride = qkv,
-                                    .q_head_stride = c.head_dim,
-                                    .y_row_stride = c.q_size(),
-                                    .y_head_stride = c.head_dim,
-                                    .k_page_stride = cache_.page_stride(),
-                                    .v_page_stride = cache_.page_stride(),
-                                    .block_table_stride = block_table_stride_,
-                                    .k_scales = cache_.k_scales(i),
-                                    .v_scales = cache_.v_scales(i),
-                                    .k_scale_page_stride = cache_.scale_page_stride(),
-                                    .v_scale_page_stride = cache_.scale_page_stride(),
-                                    .sliding_window = layer_config.sliding_window,
-                                    .scale = c.attention_scale,
-                                    .dtype = act,
-                                    .cache_dtype = cache_.dtype(),
-                                    .round_q = rounds_q(c, cache_.dtype())};
-    uint8_t* scratch = scratch_base_ + scratch_bytes_ * static_cast<size_t>(worker.index());
-    worker.run(attention_decode_num_items(attention), 1,
-               [&](int64_t begin, int64_t end) { attention_decode_isa().rows(attention, begin, end, scratch); });
+    attend(worker, i);
     mark(worker, PhaseKind::attention);
 
     if (is_block_format(layer.o.front().format)) {

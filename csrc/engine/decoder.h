@@ -14,6 +14,7 @@
 #include "engine/kv_cache.h"
 #include "engine/model.h"
 #include "engine/phases.h"
+#include "pe/attention_decode.h"
 #include "pe/matmul.h"
 #include "pe/matmul_w4a16.h"
 #include "pe/matmul_w4a8.h"
@@ -59,6 +60,8 @@ class Decoder {
  private:
   void check(const Step& step);
   void place(const Step& step);
+  // Lists the work of attention, for every width of window that a layer has.
+  void plan_attention(int num_workers);
   void reserve_scratch(int num_workers);
   void run(const Step& step, Phases::Worker& worker);
   void layers(const Step& step, Phases::Worker& worker);
@@ -79,6 +82,9 @@ class Decoder {
                             int64_t num_rows, DType y_dtype) const;
   MatmulW4A8 int8_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
                           int64_t num_rows, DType y_dtype) const;
+  // Rows, positions and pages of this step; the buffers of layer i.
+  AttentionDecode attention_of(int64_t layer) const;
+  void attend(Phases::Worker& worker, int64_t layer);
   void mark(Phases::Worker& worker, PhaseKind kind);
 
   std::shared_ptr<const Model> model_;
@@ -91,6 +97,13 @@ class Decoder {
   float* logits_;  // [kHeadRows, vocab_size]
   std::vector<int32_t> positions_, batch_seqs_, block_table_;
   int64_t block_table_stride_ = 0;
+  struct AttentionPlan {
+    int64_t sliding_window;
+    std::vector<AttentionDecodeItem> items, parts;  // parts: empty where items are not split
+  };
+  std::vector<AttentionPlan> attention_plans_;
+  std::unique_ptr<Arena> part_states_;
+  float* part_states_base_ = nullptr;
   std::unique_ptr<Arena> scratch_;  // of attention, scratch_bytes_ per worker
   uint8_t* scratch_base_ = nullptr;
   size_t scratch_bytes_ = 0;

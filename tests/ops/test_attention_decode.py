@@ -234,6 +234,27 @@ def test_what_a_row_does_not_see_does_not_reach_it(isa, cache_dtype):
     assert got[10:].isnan().all()
 
 
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(F32, F32), (BF16, BF16), (F32, INT8)], ids=str)
+@pytest.mark.parametrize("window", [None, 300, 513])
+def test_threads_that_share_the_keys_of_a_row_give_its_bits(isa, window, dtype, cache_dtype):
+    """Parts of 256 keys: of one row and of several, with one part and with many, the last one key long."""
+    torch.manual_seed(0)
+    cache, _ = filled([1025, 40, 700], 2, 24, 32, cache_dtype)
+    for seq, position in ([0], [1024]), ([2], [511]), ([0, 0, 1, 2], [255, 256, 39, 699]):
+        q = torch.randn(len(seq), 4, 24).to(dtype)
+        rows = int32(seq), int32(position)
+        results = []
+        for count in (1, 2, 5):
+            with force_num_threads(count):
+                results.append(cache.attend(q, *rows, sliding_window=window))
+        exact, baseline = (
+            reference(x, *cache.tensors, *rows, sliding_window=window, **cache.scales) for x in (q.double(), q)
+        )
+        assert_accurate(results[0], exact, baseline)
+        for other in results[1:]:
+            assert_same_bits(other, results[0])
+
+
 @pytest.mark.parametrize("cache_dtype", [F32, BF16, INT8], ids=str)
 def test_rounding_q_gives_the_bits_of_bf16_q(isa, cache_dtype):
     torch.manual_seed(0)

@@ -72,27 +72,35 @@ void kv_append_cpu(const KvAppend& args);
 void attention_decode_cuda(const AttentionDecode& args, void* stream);
 void kv_append_cuda(const KvAppend& args, void* stream);
 
-// A work item is one kv head and a run of rows: of one sequence, at positions that follow each other.
-int64_t attention_decode_num_items(const AttentionDecode& args);
-// Scratch of one call of rows(), which must be 64-byte aligned; it does not depend on the rows.
+// A work item: one kv head and a run of rows, of one sequence, at positions that follow each other. All keys that some
+// of its rows see, from key_begin (a multiple of kAttentionPartKeys) to key_end; or one part of them.
+struct AttentionDecodeItem {
+  int64_t row_begin, row_end, kv_head, key_begin, key_end;
+  int64_t first_part;  // of a whole item: its parts are first_part, first_part + num_kv_heads, ... of the list of parts
+};
+// Writes the whole items, or all their parts, and returns how many there are; `items` nullptr: only counts.
+int64_t attention_decode_items(const AttentionDecode& args, AttentionDecodeItem* items);
+int64_t attention_decode_parts(const AttentionDecode& args, AttentionDecodeItem* parts);
+// Whether so many whole items leave workers idle that parts are worth their merging; both give the same bits.
+bool attention_decode_splits(int64_t num_items, int64_t num_parts, int num_workers);
+
+// Scratch of one call of rows(), part() or merge(), which must be 64-byte aligned; it does not depend on the rows.
 int64_t attention_decode_scratch_bytes(const AttentionDecode& args);
+// Floats of the states of one part; those of part i lie i times as far from the first.
+static inline int64_t attention_decode_part_floats(const AttentionDecode& args) {
+  const int64_t group_size = args.num_heads / args.num_kv_heads;
+  return attention_item_positions(group_size) * group_size * attention_state_floats(args.head_dim);
+}
 
 // What one ISA level provides. Threads are the caller's business.
 struct AttentionDecodeIsa {
-  void (*rows)(const AttentionDecode& args, int64_t item_begin, int64_t item_end, void* scratch);
+  void (*rows)(const AttentionDecode& args, const AttentionDecodeItem& item, void* scratch);
+  // In place of rows(): every part of the item, then merge(). states: of the part; of the first part.
+  void (*part)(const AttentionDecode& args, const AttentionDecodeItem& part, float* states, void* scratch);
+  void (*merge)(const AttentionDecode& args, const AttentionDecodeItem& item, float* states, void* scratch);
   void (*append)(const KvAppend& args, int64_t row_begin, int64_t row_end);
 };
 PE_DECLARE_ISA_TABLE(AttentionDecodeIsa, attention_decode);
 const AttentionDecodeIsa& attention_decode_isa();
-
-// The end of the run of rows that starts at row_begin.
-static constexpr int64_t attention_decode_run_end(const AttentionDecode& args, int64_t row_begin) {
-  const int64_t limit = row_begin + attention_item_positions(args.num_heads / args.num_kv_heads);
-  int64_t end = row_begin + 1;
-  while (end < args.num_rows && end < limit && args.seq[end] == args.seq[end - 1] &&
-         args.position[end] == args.position[end - 1] + 1)
-    ++end;
-  return end;
-}
 
 }  // namespace pe
