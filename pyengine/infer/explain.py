@@ -12,7 +12,8 @@ from pyengine.infer.speculation import PromptLookup
 if TYPE_CHECKING:
     from pyengine.infer.loader import LoadedModel
     from pyengine.infer.scheduler import SchedulerStats
-    from pyengine.infer.speculation import Speculation, SpeculationStats
+    from pyengine.infer.speculation import Speculation
+    from pyengine.infer.speculator import Speculator
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(
-    loaded: LoadedModel, stats: SchedulerStats | None, speculation: tuple[Speculation, SpeculationStats] | None = None
-) -> Explanation:
+def explain(loaded: LoadedModel, stats: SchedulerStats | None, speculator: Speculator | None = None) -> Explanation:
     """The explanation of a loaded model; `stats` where prefixes are cached."""
     info = _C.build_info()
     return Explanation(
@@ -98,7 +97,7 @@ def explain(
         cache_bytes=loaded.decoder.cache_bytes,
         max_context=loaded.max_context,
         prefix_cache=None if stats is None else asdict(stats) | loaded.decoder.cache_stats(),
-        speculation=None if speculation is None else {"method": _method(speculation[0])} | asdict(speculation[1]),
+        speculation=None if speculator is None else {"method": _method(speculator.options)} | asdict(speculator.stats),
         profile=loaded.decoder.profile(),
     )
 

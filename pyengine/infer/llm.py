@@ -75,7 +75,7 @@ class LLM:
         prefix_cache: bool = True,
         speculation: Literal["prompt_lookup"] | Speculation | None = None,
     ) -> None:
-        chosen_speculation = parse_speculation(speculation)
+        chosen = parse_speculation(speculation)
         if threads is not None:
             _C.set_num_threads(threads)
         options = EngineOptions(
@@ -90,8 +90,7 @@ class LLM:
         self._loaded: LoadedModel = load_model(model, options)
         self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size)
         self._prefix_cache = prefix_cache
-        self._speculation = chosen_speculation
-        self._speculator = None if chosen_speculation is None else _make_speculator(chosen_speculation, self._loaded)
+        self._speculator = None if chosen is None else _make_speculator(chosen, self._loaded)
         self._scheduler = Scheduler(self._runner, prefix_cache=prefix_cache, speculator=self._speculator)
         self._grammars = GrammarCompiler(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
         self._lock = EngineLock()
@@ -276,11 +275,7 @@ class LLM:
 
     def explain(self) -> Explanation:
         """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
-        return explain(
-            self._loaded,
-            self._scheduler.stats if self._prefix_cache else None,
-            None if self._speculator is None else (self._speculation, self._speculator.stats),
-        )
+        return explain(self._loaded, self._scheduler.stats if self._prefix_cache else None, self._speculator)
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
@@ -417,7 +412,7 @@ def _make_speculator(speculation: Speculation, target: LoadedModel) -> Speculato
         control = SpeculationControl(draft.model.bytes_per_token / target.model.bytes_per_token)
     else:
         proposer, control = LookupProposer(speculation), SpeculationControl()
-    return Speculator(proposer, speculation.num_speculative_tokens, control, adaptive=speculation.adaptive)
+    return Speculator(speculation, proposer, control)
 
 
 def _best(sequences: list[Sequence]) -> list[Completion]:

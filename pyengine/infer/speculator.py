@@ -7,7 +7,7 @@ from typing import Protocol
 
 from pyengine import _C
 from pyengine.infer.sequence import Sequence
-from pyengine.infer.speculation import MAX_PROPOSED_TOKENS, PromptLookup, SpeculationStats
+from pyengine.infer.speculation import MAX_PROPOSED_TOKENS, PromptLookup, Speculation, SpeculationStats
 from pyengine.infer.speculation_control import Acceptance, SpeculationControl, StepTimes, spread
 
 
@@ -64,14 +64,11 @@ class LookupProposer:
 class Speculator:
     """Chooses, collects and judges proposals."""
 
-    def __init__(
-        self, proposer: Proposer, num_speculative_tokens: int, control: SpeculationControl, *, adaptive: bool = True
-    ) -> None:
+    def __init__(self, options: Speculation, proposer: Proposer, control: SpeculationControl) -> None:
+        self.options = options
         self.stats = SpeculationStats()
         self.control = control
         self._proposer = proposer
-        self._num_speculative_tokens = num_speculative_tokens
-        self._adaptive = adaptive
         self._acceptances: dict[Sequence, Acceptance] = {}
         # Of the step under way.
         self._expected: dict[Sequence, list[int]] = {}
@@ -85,7 +82,7 @@ class Speculator:
             return {}
         available = self._proposer.available(candidates, [limit for limit in limits if limit > 0])
         most = min(num_rows, MAX_PROPOSED_TOKENS)
-        if self._adaptive:
+        if self.options.adaptive:
             rates = [self._acceptance(sequence).rate for sequence in candidates]
             counts = self.control.choose(rates, available, len(sequences), most)
         else:
@@ -134,7 +131,7 @@ class Speculator:
     def _limit(self, sequence: Sequence) -> int:
         """A step draws one token more than was proposed."""
         wanted = sequence.params.num_speculative_tokens
-        limit = self._num_speculative_tokens if wanted is None else wanted
+        limit = self.options.num_speculative_tokens if wanted is None else wanted
         return min(limit, sequence.params.max_tokens - len(sequence.token_ids) - 1)
 
     def _acceptance(self, sequence: Sequence) -> Acceptance:
