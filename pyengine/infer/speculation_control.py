@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
-# A new measurement moves an estimate by this share of the difference; one slow step counts at most double.
-_MOVE = 0.2
+# A new measurement moves an estimate by this share of the difference: less up than down, because what disturbs a step
+# makes it slower. One slow step counts at most double.
+_MOVE_UP, _MOVE_DOWN = 0.1, 0.4
 _MOST_OUTLIER = 2.0
 # Share of a step's time that one more row takes until it is measured.
 _FIRST_ROW_COST = 0.05
@@ -42,7 +43,8 @@ class _Estimate:
         self.value, self.time = value, now
 
     def update(self, value: float, now: int) -> None:
-        self.value += _MOVE * (min(value, _MOST_OUTLIER * self.value) - self.value)
+        difference = min(value, _MOST_OUTLIER * self.value) - self.value
+        self.value += (_MOVE_UP if difference > 0 else _MOVE_DOWN) * difference
         self.time = now
 
 

@@ -52,6 +52,23 @@ def test_near_the_best_fixed_number(row_cost, right):
     assert speed > 0.97 / seconds(0)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_busy_neighbours(share):
+    """Some steps take up to four times as long, whatever is in them."""
+    rng = random.Random(3)
+
+    def seconds(n):
+        return 0.01 * (1 + 0.15 * n)
+
+    def disturbed(n):
+        return seconds(n) * (1 + 3 * rng.random() * (rng.random() < share))
+
+    mean = 1 + 1.5 * share
+    for right in (0.9, 0.2):
+        speed, _ = run(SpeculationControl(), disturbed, right, num_steps=3000)
+        assert speed * mean > 0.85 * best(seconds, right)
+
+
 def test_off_where_it_does_not_pay_and_tried_again_rarely():
     speed, history = run(SpeculationControl(), lambda n: 0.01 * (1 + 0.9 * n), 0.3, num_steps=2000)
     assert speed > 0.97 / 0.01
