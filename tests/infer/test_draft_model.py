@@ -14,7 +14,7 @@ from infer.speculation_cases import (
     run_random_events,
 )
 
-from pyengine import LLM, SamplingParams
+from pyengine import SamplingParams
 from pyengine.errors import ArgumentError, ModelFileError
 from pyengine.formats import open_safetensors, write_safetensors
 from pyengine.infer import DraftModel
@@ -125,7 +125,7 @@ def test_the_draft_knows_what_was_accepted(tiny, alike):
     llm = engine(tiny, speculation=draft_of(alike))
     proposer = llm._speculator._proposer
     propose = proposer.propose
-    alone = LLM(alike, page_size=PAGE)
+    alone = engine(alike)
     num_checked = 0
 
     def spy(sequences, counts, times):
@@ -139,7 +139,18 @@ def test_the_draft_knows_what_was_accepted(tiny, alike):
         return found
 
     proposer.propose = spy
-    llm.generate(prompts(4), SamplingParams(max_tokens=30, ignore_eos=True))
+    texts = prompts(8)
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    expected = engine(tiny).generate(texts, params)
+    sequences = [llm._start([text], params, stream=False)[0][0] for text in texts]
+    for sequence in sequences:
+        # The others get tokens without proposals in steps that hold a prompt.
+        llm._scheduler.add(sequence)
+        for _ in range(3):
+            llm._scheduler.step()
+    while not llm._scheduler.is_idle():
+        llm._scheduler.step()
+    assert [sequence.completion() for sequence in sequences] == expected
     assert num_checked > 50
     stats = llm._speculator.stats
     assert 0 < stats.num_accepted_tokens < stats.num_proposed_tokens

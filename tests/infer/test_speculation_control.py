@@ -205,6 +205,23 @@ def test_lookup_against_a_search(low, high):
     assert num_found > 100
 
 
+def test_lookup_against_a_search_of_long_texts():
+    """Across several sizes of the table."""
+    rng = random.Random(2)
+    lookup = _C.PromptLookup(min_match=2, max_match=6)
+    tokens = []
+    for _ in range(150):
+        begin = rng.randrange(len(tokens) + 1)
+        new = tokens[begin : begin + rng.randrange(5)] + [rng.randrange(10**6) for _ in range(rng.randrange(16))]
+        # Ends where it stood before.
+        begin = rng.randrange(len(tokens) + 1)
+        new += tokens[begin : begin + rng.randrange(2, 5)]
+        tokens += new
+        lookup.extend(new)
+        assert lookup.propose(4) == look_up(tokens, 4, 2, 6)
+    assert len(tokens) > 1200
+
+
 def test_lookup_in_long_texts():
     """Tables grow; a period goes on past the end of the text; only candidates are bounded."""
     rng = random.Random(1)
