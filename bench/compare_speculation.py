@@ -9,7 +9,8 @@ same GGUF file, token ids and threads, greedy, end tokens ignored. Ratios are to
 * "verify 8 tokens against 1": the time of a step that computes 8 tokens of one sequence with their logits, at context
   128, over that of one with 1 token. 1 would be free, 8 useless.
 * "summarise", "edit", "code": tokens per second after the first, of answers about texts of Python's standard library,
-  without and with prompt lookup of at most 8 tokens. "poem" has nothing to look up.
+  without and with prompt lookup of at most 8 tokens. "poem" has no text to copy from, but greedy answers of small models
+  come to repeat themselves; at temperature 1 they do not, which shows what it costs where it does not pay.
 
 pyengine's answers with and without speculation must be the same tokens; others keep no such promise. A table goes to
 stdout, and as its last line the ratios as JSON. The record is appended to
@@ -161,17 +162,19 @@ def measure(
         times = [float(worker("verify", prompt=prompt, num_rows=n, num_steps=num_tokens // 4)) for n in (1, 8)]
         return times[1] / times[0]
 
-    def decode(prompts: list[list[int]]) -> Callable[[Worker], float]:
+    def decode(prompts: list[list[int]], **options: float) -> Callable[[Worker], float]:
         def call(worker: Worker) -> float:
             calls[worker.name] += 1
             prompt = prompts[calls[worker.name] % len(prompts)]
-            return num_tokens / float(worker("decode", prompts=[prompt], num_steps=num_tokens))
+            return num_tokens / float(worker("decode", prompts=[prompt], num_steps=num_tokens, **options))
 
         return call
 
     can_verify = [worker for worker in workers if LOOKUP not in worker.name and worker.name != "OpenVINO"]
     workloads: list[tuple[str, str, list[Worker], Callable[[Worker], float]]] = [(VERIFY, "steps", can_verify, verify)]
     workloads += [(name, "tok/s", workers, decode(prompts)) for name, prompts in inputs.items()]
+    own = [worker for worker in workers if is_own(worker)]
+    workloads.append(("poem at temperature 1", "tok/s", own, decode(inputs["poem"], temperature=1.0)))
     rows = []
     for name, unit, peers, call in workloads:
         if not re.search(args.only, name):

@@ -36,6 +36,6 @@ CONVERSATIONS: dict[str, list[Messages]] = {
         _user("Write a test for this function that calls it with three inputs:", _code(f))
         for f in (textwrap.indent, heapq.nsmallest, statistics.fmean, inspect.cleandoc)
     ],
-    # Nothing to copy: what speculation costs where it does not pay.
+    # No text to copy from.
     "poem": [_user(f"Write a poem about {topic}.", "") for topic in ("the sea", "winter", "a clock", "bread")],
 }

@@ -48,9 +48,9 @@ class PyenginePeer:
         self._llm.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True))
         return time.perf_counter() - start
 
-    def decode(self, prompts: list[list[int]], num_steps: int) -> float:
+    def decode(self, prompts: list[list[int]], num_steps: int, temperature: float = 0.0) -> float:
         """Seconds for `num_steps` tokens of every prompt, after the first token of each."""
-        params = SamplingParams(max_tokens=1 + num_steps, ignore_eos=True)
+        params = SamplingParams(max_tokens=1 + num_steps, ignore_eos=True, temperature=temperature)
         groups = self._llm._start(list(prompts), params, stream=True)
         pieces = self._llm._stream([sequence for group in groups for sequence in group])
         # Prompts that fit into one step, or one prompt alone: these are the first token of each.
