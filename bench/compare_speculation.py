@@ -9,8 +9,8 @@ same GGUF file, token ids and threads, greedy, end tokens ignored. Ratios are to
 * "verify 8 tokens against 1": the time of a step that computes 8 tokens of one sequence with their logits, at context
   128, over that of one with 1 token. 1 would be free, 8 useless.
 * "summarise", "edit", "code": tokens per second after the first, of answers about texts of Python's standard library,
-  without and with prompt lookup of at most 8 tokens. "poem" has no text to copy from, but greedy answers of small models
-  come to repeat themselves; at temperature 1 they do not, which shows what it costs where it does not pay.
+  without and with prompt lookup of at most 8 tokens. "poem" has no text to copy from, but greedy answers of small
+  models come to repeat themselves; at temperature 1 they do not, which shows what it costs where it does not pay.
 
 pyengine's answers with and without speculation must be the same tokens; others keep no such promise. A table goes to
 stdout, and as its last line the ratios as JSON. The record is appended to

@@ -257,6 +257,29 @@ def test_bad_numbers():
             make(**{name: value})
 
 
+def test_bad_calls_of_the_native_sampler_are_named(tiny):
+    llm = engine(tiny)
+    decoder = llm._runner.decoder
+    sampler, state = _C.Sampler(decoder), _C.SampleState(384)
+    a, b = decoder.add_sequence(), decoder.add_sequence()
+    decoder.grow(a, 3)
+    decoder.grow(b, 1)
+    step = ([5, 6, 7], [a, a, b], [0], [state], -1)
+    for bad in ([2], [-1], [99], [2**31 - 1]):
+        with pytest.raises(ArgumentError, match="num_proposals: expected tokens of one sequence behind their row"):
+            sampler.step(*step, bad)
+    with pytest.raises(ArgumentError, match="num_proposals: expected 1, one per row, got 2"):
+        sampler.step(*step, [0, 0])
+    state.set_mask(np.full((3, 12), -1, np.int32))
+    with pytest.raises(ArgumentError, match="mask: expected 2 rows, one per draw, got 3"):
+        sampler.step(*step, [1])
+    for limits, message in (([0], "at least 1"), ([1, 1], "1, one per row")):
+        with pytest.raises(ArgumentError, match=f"limits: expected {message}"):
+            sampler.propose([5], [b], [0], [_C.SampleState(384)], limits)
+    # What they had claimed is still there to be used.
+    assert len(sampler.step([5, 6, 7], [a, a, b], [0], [_C.SampleState(384)], -1, [1]).counts) == 1
+
+
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
