@@ -116,6 +116,8 @@ class SampleState:
 
 class Drawn:
     @property
+    def counts(self) -> list[int]: ...
+    @property
     def logprobs(self) -> list[float]: ...
     @property
     def token_ids(self) -> list[int]: ...
@@ -126,9 +128,25 @@ class Drawn:
 
 class Sampler:
     def __init__(self, decoder: Decoder) -> None: ...
+    def propose(
+        self, token_ids: list[int], seqs: list[int], rows: list[int], states: list[SampleState], limits: list[int]
+    ) -> list[list[int]]: ...
     def step(
-        self, token_ids: list[int], seqs: list[int], rows: list[int], states: list[SampleState], num_logprobs: int
+        self,
+        token_ids: list[int],
+        seqs: list[int],
+        rows: list[int],
+        states: list[SampleState],
+        num_logprobs: int,
+        num_proposals: list[int] = ...,
     ) -> Drawn: ...
+
+class PromptLookup:
+    def __init__(self, *, min_match: int, max_match: int) -> None: ...
+    def extend(self, token_ids: list[int]) -> None: ...
+    def propose(self, limit: int) -> list[int]: ...
+    @property
+    def num_tokens(self) -> int: ...
 
 class MappedBytes:
     """

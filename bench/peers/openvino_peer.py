@@ -14,7 +14,11 @@ from serve import serve
 
 class OpenVinoPeer:
     def __init__(self, args: argparse.Namespace) -> None:
-        self._make = lambda: openvino_genai.LLMPipeline(args.model, "CPU", INFERENCE_NUM_THREADS=args.threads)
+        self._num_proposed = int(args.options.get("num_speculative_tokens", 0))
+        options = {"INFERENCE_NUM_THREADS": args.threads}
+        if "prompt_lookup" in args.options:
+            options["prompt_lookup"] = True
+        self._make = lambda: openvino_genai.LLMPipeline(args.model, "CPU", **options)
         self._pipeline = self._make()
 
     def info(self) -> dict[str, Any]:
@@ -30,6 +34,8 @@ class OpenVinoPeer:
         """The prompts have one length."""
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = num_tokens, True, False
+        if self._num_proposed:
+            config.num_assistant_tokens, config.max_ngram_size = self._num_proposed, 3
         ids = np.array(prompts, np.int64)
         inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
         result = self._pipeline.generate(inputs, config)

@@ -22,6 +22,7 @@ class PyenginePeer:
             max_context=4096,
             cache_tokens=8192,
             prefix_cache=False,  # prompts come again, and are to be computed again
+            speculation=args.options.get("speculation"),
         )
         self._llm = self._make()
 
@@ -47,9 +48,9 @@ class PyenginePeer:
         self._llm.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True))
         return time.perf_counter() - start
 
-    def decode(self, prompts: list[list[int]], num_steps: int) -> float:
+    def decode(self, prompts: list[list[int]], num_steps: int, temperature: float = 0.0) -> float:
         """Seconds for `num_steps` tokens of every prompt, after the first token of each."""
-        params = SamplingParams(max_tokens=1 + num_steps, ignore_eos=True)
+        params = SamplingParams(max_tokens=1 + num_steps, ignore_eos=True, temperature=temperature)
         groups = self._llm._start(list(prompts), params, stream=True)
         pieces = self._llm._stream([sequence for group in groups for sequence in group])
         # Prompts that fit into one step, or one prompt alone: these are the first token of each.
@@ -61,6 +62,35 @@ class PyenginePeer:
         if num_tokens != num_steps * len(prompts):
             raise RuntimeError(f"expected {num_steps * len(prompts)} tokens, got {num_tokens}")
         return seconds
+
+    def answer(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """The tokens that follow a prompt."""
+        return self._llm.generate([prompt], SamplingParams(max_tokens=num_tokens, ignore_eos=True))[0].token_ids
+
+    def verify(self, prompt: list[int], num_rows: int, num_steps: int) -> float:
+        """Seconds of a step that computes `num_rows` tokens behind a prompt and draws after each of them: the mean of
+        `num_steps`, each behind the prompt alone."""
+        decoder = self._llm._runner.decoder
+        sampler = _C.Sampler(decoder)
+        seq = decoder.add_sequence()
+        decoder.grow(seq, len(prompt))
+        sampler.step(prompt, [seq] * len(prompt), [], [], -1)
+        seconds = 0.0
+        # What is drawn is no proposal of these: each is computed, and taken back.
+        rows = [(token + 1) % self._llm.spec.vocab_size for token in prompt[:num_rows]]
+        for _ in range(num_steps):
+            state = _C.SampleState(self._llm.spec.vocab_size)
+            start = time.perf_counter()
+            decoder.grow(seq, num_rows)
+            sampler.step(rows, [seq] * num_rows, [0], [state], -1, [num_rows - 1])
+            decoder.truncate(seq, len(prompt))
+            seconds += time.perf_counter() - start
+        decoder.free_sequence(seq)
+        return seconds / num_steps
+
+    def speculation(self) -> dict[str, Any] | None:
+        """What was proposed and accepted since the model was loaded."""
+        return self._llm.explain().speculation
 
     def logits(self, token_ids: list[int], path: str) -> bool:
         """Writes float32 [T, vocab_size] to `path`."""

@@ -185,6 +185,11 @@ void Decoder::place(const Step& step) {
 }
 
 void Decoder::step(const Step& step) {
+  compute(step);
+  for (size_t t = 0; t < step.token_ids.size(); ++t) cache_.commit(step.seqs[t], step.token_ids[t]);
+}
+
+void Decoder::compute(const Step& step) {
   check(step);
   place(step);
   const int num_workers = region_size();
@@ -195,7 +200,6 @@ void Decoder::step(const Step& step) {
     Phases::Worker worker(phases, worker_index);
     run(step, worker);
   });
-  for (size_t t = 0; t < step.token_ids.size(); ++t) cache_.commit(step.seqs[t], step.token_ids[t]);
   ++profile_.num_steps;
   profile_.num_tokens += static_cast<int64_t>(step.token_ids.size());
 }

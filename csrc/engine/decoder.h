@@ -50,6 +50,9 @@ class Decoder {
     float* target_logprobs = nullptr;          // [R]: log-probability of the target after its row
   };
   void step(const Step& step);
+  // The same without the end: the tokens stay claimed and are not committed, so that the caller may commit the first of
+  // each sequence and truncate the others. The next step of a sequence writes after its committed tokens.
+  void compute(const Step& step);
 
   KvCache& cache() { return cache_; }
   const Model& model() const { return *model_; }

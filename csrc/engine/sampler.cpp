@@ -9,11 +9,14 @@
 namespace pe {
 namespace {
 
+void expect_id(int32_t id, int64_t vocab_size, const char* name) {
+  if (id < 0 || id >= vocab_size)
+    throw ArgumentError(std::string(name) + ": expected token ids below " + std::to_string(vocab_size) + ", got " +
+                        std::to_string(id));
+}
+
 void expect_ids(const std::vector<int32_t>& ids, int64_t vocab_size, const char* name) {
-  for (const int32_t id : ids)
-    if (id < 0 || id >= vocab_size)
-      throw ArgumentError(std::string(name) + ": expected token ids below " + std::to_string(vocab_size) + ", got " +
-                          std::to_string(id));
+  for (const int32_t id : ids) expect_id(id, vocab_size, name);
 }
 
 size_t num_words(int64_t vocab_size) { return static_cast<size_t>((vocab_size + 31) / 32); }
@@ -45,19 +48,20 @@ SampleState::SampleState(int64_t vocab_size, SampleOptions options)
   options_.prompt_ids = {};
 }
 
-void SampleState::set_mask(std::span<const uint32_t> mask) {
-  if (mask.size() != num_words(vocab_size_))
-    throw ArgumentError("mask: expected " + std::to_string(num_words(vocab_size_)) + " words, got " +
-                        std::to_string(mask.size()));
-  mask_.assign(mask.begin(), mask.end());
-  for (size_t i = 0; i < allowed_.size(); ++i) mask_[i] &= allowed_[i];
-  has_mask_ = true;
+void SampleState::set_masks(std::span<const uint32_t> masks) {
+  const size_t words = num_words(vocab_size_);
+  if (masks.empty() || masks.size() % words != 0)
+    throw ArgumentError("mask: expected rows of " + std::to_string(words) + " words, got " +
+                        std::to_string(masks.size()) + " words");
+  masks_.assign(masks.begin(), masks.end());
+  if (allowed_.empty()) return;
+  for (size_t i = 0; i < masks_.size(); ++i) masks_[i] &= allowed_[i % words];
 }
 
-void SampleState::find_banned_ids() {
-  banned_ids_.clear();
-  if (num_output_ids_ < options_.min_tokens) banned_ids_ = options_.end_ids;
-  const auto output = std::span(ids_).subspan(static_cast<size_t>(num_prompt_ids_kept_));
+void SampleState::find_banned_ids(size_t num_ids, int64_t num_output_ids) {
+  if (num_output_ids < options_.min_tokens)
+    banned_ids_.insert(banned_ids_.end(), options_.end_ids.begin(), options_.end_ids.end());
+  const auto output = std::span(ids_).first(num_ids).last(static_cast<size_t>(num_output_ids));
   for (const auto& word : options_.bad_words) {
     const size_t length = word.size() - 1;
     if (length <= output.size() && std::equal(word.begin(), word.end() - 1, output.end() - static_cast<long>(length)))
@@ -65,34 +69,53 @@ void SampleState::find_banned_ids() {
   }
 }
 
-SampleRow SampleState::row() {
-  find_banned_ids();
-  const std::vector<uint32_t>& mask = has_mask_ ? mask_ : allowed_;
-  return {.temperature = options_.temperature,
-          .top_k = options_.top_k,
-          .top_p = options_.top_p,
-          .min_p = options_.min_p,
-          .repetition_penalty = options_.repetition_penalty,
-          .seed = options_.seed,
-          .sequence = options_.sequence,
-          .position = static_cast<uint64_t>(num_prompt_ids_ + num_output_ids_),
-          .previous_ids = ids_.data(),
-          .num_previous_ids = static_cast<int64_t>(ids_.size()),
-          .num_prompt_ids = num_prompt_ids_kept_,
-          .frequency_penalty = options_.frequency_penalty,
-          .presence_penalty = options_.presence_penalty,
-          .bias_ids = options_.bias_ids.data(),
-          .biases = options_.biases.data(),
-          .num_biases = static_cast<int64_t>(options_.bias_ids.size()),
-          .banned_ids = banned_ids_.data(),
-          .num_banned_ids = static_cast<int64_t>(banned_ids_.size()),
-          .allowed_mask = mask.empty() ? nullptr : mask.data()};
+void SampleState::append_rows(std::span<const int32_t> proposals, std::vector<SampleRow>& rows) {
+  const size_t words = num_words(vocab_size_), num_draws = proposals.size() + 1;
+  if (!masks_.empty() && masks_.size() != num_draws * words)
+    throw ArgumentError("mask: expected " + std::to_string(num_draws) + " rows, one per draw, got " +
+                        std::to_string(masks_.size() / words));
+  for (const int32_t id : proposals) expect_id(id, vocab_size_, "proposals");
+  const size_t num_ids = static_cast<size_t>(num_prompt_ids_kept_ + num_output_ids_);
+  ids_.resize(num_ids);
+  ids_.insert(ids_.end(), proposals.begin(), proposals.end());
+  banned_ids_.clear();
+  const size_t first = rows.size();
+  for (size_t j = 0; j < num_draws; ++j) {
+    const size_t num_banned_before = banned_ids_.size();
+    find_banned_ids(num_ids + j, num_output_ids_ + static_cast<int64_t>(j));
+    const uint32_t* allowed = allowed_.empty() ? nullptr : allowed_.data();
+    rows.push_back({.temperature = options_.temperature,
+                    .top_k = options_.top_k,
+                    .top_p = options_.top_p,
+                    .min_p = options_.min_p,
+                    .repetition_penalty = options_.repetition_penalty,
+                    .seed = options_.seed,
+                    .sequence = options_.sequence,
+                    .position = static_cast<uint64_t>(num_prompt_ids_ + num_output_ids_) + j,
+                    .previous_ids = ids_.data(),
+                    .num_previous_ids = static_cast<int64_t>(num_ids + j),
+                    .num_prompt_ids = num_prompt_ids_kept_,
+                    .frequency_penalty = options_.frequency_penalty,
+                    .presence_penalty = options_.presence_penalty,
+                    .bias_ids = options_.bias_ids.data(),
+                    .biases = options_.biases.data(),
+                    .num_biases = static_cast<int64_t>(options_.bias_ids.size()),
+                    .num_banned_ids = static_cast<int64_t>(banned_ids_.size() - num_banned_before),
+                    .allowed_mask = masks_.empty() ? allowed : masks_.data() + j * words});
+  }
+  // Only now do they stay where they are.
+  const int32_t* banned = banned_ids_.data();
+  for (size_t r = first; r < rows.size(); ++r) {
+    rows[r].banned_ids = banned;
+    banned += rows[r].num_banned_ids;
+  }
 }
 
-void SampleState::push(int32_t token_id) {
-  ids_.push_back(token_id);
-  ++num_output_ids_;
-  has_mask_ = false;
+void SampleState::push(std::span<const int32_t> token_ids) {
+  ids_.resize(static_cast<size_t>(num_prompt_ids_kept_ + num_output_ids_));
+  ids_.insert(ids_.end(), token_ids.begin(), token_ids.end());
+  num_output_ids_ += static_cast<int64_t>(token_ids.size());
+  masks_.clear();
 }
 
 }  // namespace pe

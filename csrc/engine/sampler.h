@@ -29,29 +29,29 @@ class SampleState {
   // Throws ArgumentError for an id outside [0, vocab_size).
   SampleState(int64_t vocab_size, SampleOptions options);
 
-  // Tokens that the next draw may take, beside what allowed_ids says: bit i % 32 of word i / 32. Holds for one draw.
-  // Throws ArgumentError unless mask has ceil(vocab_size / 32) words.
-  void set_mask(std::span<const uint32_t> mask);
-  // A view of this object for the next draw; ends with the next call of a method that changes it.
-  SampleRow row();
-  // After the draw: appends its token to the output.
-  void push(int32_t token_id);
-  // After a draw that found no token.
-  void push_nothing() { has_mask_ = false; }
+  // Tokens that the next draws may take, beside what allowed_ids says: bit i % 32 of word i / 32, one row of
+  // ceil(vocab_size / 32) words per draw. They hold until push(). Throws ArgumentError for other sizes.
+  void set_masks(std::span<const uint32_t> masks);
+  // Appends the views of this object for 1 + proposals.size() draws: each follows the output and as many proposals as
+  // there are views before it, as if these had been drawn. They end with the next call of a method that changes it.
+  // Throws ArgumentError for a proposal outside [0, vocab_size), or masks for another number of draws.
+  void append_rows(std::span<const int32_t> proposals, std::vector<SampleRow>& rows);
+  // After the draws: appends their tokens to the output, none where the first draw found none.
+  void push(std::span<const int32_t> token_ids);
 
   int64_t vocab_size() const { return vocab_size_; }
   int64_t num_output_ids() const { return num_output_ids_; }
 
  private:
-  void find_banned_ids();
+  // Appends to banned_ids_ what may not follow the first `num_ids` of ids_, `num_output_ids` of them output.
+  void find_banned_ids(size_t num_ids, int64_t num_output_ids);
 
   int64_t vocab_size_, num_prompt_ids_, num_output_ids_ = 0;
   SampleOptions options_;
-  std::vector<int32_t> ids_;  // the prompt, where a penalty reads it, and the output
+  std::vector<int32_t> ids_;  // the prompt, where a penalty reads it, the output, and proposals until push()
   int64_t num_prompt_ids_kept_;
-  std::vector<uint32_t> allowed_, mask_;  // of allowed_ids; of the next draw: both
-  bool has_mask_ = false;
-  std::vector<int32_t> banned_ids_;
+  std::vector<uint32_t> allowed_, masks_;  // of allowed_ids; of the next draws, each both: empty if there are none
+  std::vector<int32_t> banned_ids_;        // of all views
 };
 
 }  // namespace pe

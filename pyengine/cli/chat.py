@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pyengine.cli.options import engine_options, sampling_options
+from pyengine.cli.options import engine_options, sampling_options, speculation, speculation_options
 
 
 @click.command("chat")
@@ -16,6 +16,7 @@ from pyengine.cli.options import engine_options, sampling_options
 @click.option("--message", "-m", multiple=True, help="Say this and leave; several are several turns.")
 @click.option("--explain", "show_explain", is_flag=True, help="Print what was chosen, and the speed of each answer.")
 @engine_options
+@speculation_options
 @sampling_options
 def command(
     model: str,
@@ -26,6 +27,9 @@ def command(
     mode: str,
     threads: int | None,
     max_context: int | None,
+    method: str,
+    draft_model: str | None,
+    num_speculative_tokens: int | None,
     **sampling: Any,
 ) -> None:
     """Talk with MODEL, a .gguf file or a Hugging Face folder. An empty line or end of input leaves.
@@ -33,10 +37,18 @@ def command(
     \b
     pyengine chat model.gguf
     pyengine chat model.gguf -m "Name three prime numbers." --max-tokens 40
+    pyengine chat large.gguf --draft-model small.gguf --explain
     """
     from pyengine.infer import LLM, SamplingParams
 
-    llm = LLM(model, weights=weights, mode=mode, threads=threads, max_context=max_context)
+    llm = LLM(
+        model,
+        weights=weights,
+        mode=mode,
+        threads=threads,
+        max_context=max_context,
+        speculation=speculation(method, draft_model, num_speculative_tokens),
+    )
     params = SamplingParams(**sampling)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     if show_explain:

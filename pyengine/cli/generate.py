@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import click
 
-from pyengine.cli.options import engine_options, sampling_options
+from pyengine.cli.options import engine_options, sampling_options, speculation, speculation_options
 
 
 @click.command("generate")
@@ -24,6 +24,7 @@ from pyengine.cli.options import engine_options, sampling_options
 @click.option("--choice", multiple=True, help="The answer is one of these; give it several times.")
 @click.option("--grammar", type=click.File(encoding="utf-8"), default=None, help="File: the answer's Lark grammar.")
 @engine_options
+@speculation_options
 @sampling_options
 def command(
     model: str,
@@ -40,6 +41,9 @@ def command(
     mode: str,
     threads: int | None,
     max_context: int | None,
+    method: str,
+    draft_model: str | None,
+    num_speculative_tokens: int | None,
     **sampling: Any,
 ) -> None:
     """Complete PROMPTS with MODEL, a .gguf file or a Hugging Face folder. Without prompts, each line of standard input
@@ -48,6 +52,7 @@ def command(
     \b
     pyengine generate model.gguf "The capital of France is" --max-tokens 8
     pyengine generate model.gguf "One prime number:" --regex "[0-9]{1,3}"
+    pyengine generate model.gguf "$(cat report.txt) In short:" --speculation prompt_lookup
     pyengine generate model/ --json <prompts.txt >completions.jsonl
     """
     from pyengine.infer import LLM, SamplingParams, StructuredOutputs
@@ -61,7 +66,14 @@ def command(
     outputs = None if all(form is None for form in forms.values()) else StructuredOutputs(**forms)
     params = SamplingParams(logprobs=logprobs, n=n, best_of=best_of, structured_outputs=outputs, **sampling)
     texts = list(prompts) or [line.rstrip("\n") for line in sys.stdin]
-    llm = LLM(model, weights=weights, mode=mode, threads=threads, max_context=max_context)
+    llm = LLM(
+        model,
+        weights=weights,
+        mode=mode,
+        threads=threads,
+        max_context=max_context,
+        speculation=speculation(method, draft_model, num_speculative_tokens),
+    )
     if len(texts) == 1 and params.num_drawn == 1 and not as_json:
         for piece in llm.stream(texts[0], params):
             click.echo(piece.text, nl=False)

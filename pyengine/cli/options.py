@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from pyengine.infer.speculation import Speculation
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +38,52 @@ def engine_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def speculation_options(function: F) -> F:
+    """--speculation, --draft-model, --num-speculative-tokens: see `speculation`."""
+    for option in reversed(
+        [
+            click.option(
+                "--speculation",
+                "method",
+                default="none",
+                show_default=True,
+                type=click.Choice(["none", "prompt_lookup"]),
+                help="prompt_lookup: guess tokens from prompt and answer, several per step; the answer stays the same.",
+            ),
+            click.option(
+                "--draft-model",
+                type=click.Path(),
+                default=None,
+                help="Let this smaller model of the same vocabulary guess; the answer stays the same.",
+            ),
+            click.option(
+                "--num-speculative-tokens",
+                type=int,
+                default=None,
+                help="Most tokens to guess per step; default: 8 with prompt_lookup, 4 with a draft model.",
+            ),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def speculation(method: str, draft_model: str | None, num_speculative_tokens: int | None) -> Speculation | None:
+    """What LLM takes, from the values of the options above."""
+    from pyengine.infer import DraftModel, PromptLookup
+
+    chosen: Speculation | None = PromptLookup() if method == "prompt_lookup" else None
+    if draft_model is not None:
+        if chosen is not None:
+            raise click.UsageError("--draft-model: expected no --speculation beside it")
+        chosen = DraftModel(model=draft_model)
+    if num_speculative_tokens is None:
+        return chosen
+    if chosen is None:
+        raise click.UsageError("--num-speculative-tokens: expected --speculation or --draft-model beside it")
+    return replace(chosen, num_speculative_tokens=num_speculative_tokens)
 
 
 def sampling_options(function: F) -> F:

@@ -6,6 +6,7 @@ from pyengine.infer.grammar import StructuredOutputError
 from pyengine.infer.llm import LLM
 from pyengine.infer.outputs import Completion, Score, TextPiece, TokenLogprobs
 from pyengine.infer.sampling_params import SamplingParams
+from pyengine.infer.speculation import DraftModel, PromptLookup
 from pyengine.infer.structured_outputs import StructuredOutputs
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "AsyncLLM",
     "BeamSearchParams",
     "Completion",
+    "DraftModel",
+    "PromptLookup",
     "SamplingParams",
     "Score",
     "StructuredOutputError",

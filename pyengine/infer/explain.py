@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyengine import _C
+from pyengine.infer.speculation import PromptLookup
 
 if TYPE_CHECKING:
     from pyengine.infer.loader import LoadedModel
     from pyengine.infer.scheduler import SchedulerStats
+    from pyengine.infer.speculation import Speculation
+    from pyengine.infer.speculator import Speculator
 
 # Mode -> what is done to activations before a product with block weights.
 _ROUNDING = {
@@ -42,6 +45,9 @@ class Explanation:
     max_context: int
     prefix_cache: dict[str, int] | None = None
     """Started and hit tokens, preemptions, pages that hold prefixes, and pages evicted, copied and merged; or None."""
+    speculation: dict[str, Any] | None = None
+    """Method, tokens that were proposed and accepted, steps with proposals, and steps that went without because they
+    had not paid; or None."""
     profile: dict[str, Any] = field(default_factory=dict)
     """Steps, tokens, and seconds by kind of phase since the model was loaded."""
 
@@ -64,6 +70,12 @@ class Explanation:
                 f"{c['num_indexed_pages']} pages kept, {c['num_evicted_pages']} evicted, "
                 f"{c['num_preemptions']} preemptions"
             )
+        if self.speculation is not None:
+            c = self.speculation
+            lines.append(
+                f"guesses   {c['method']}: {c['num_accepted_tokens']} of {c['num_proposed_tokens']} proposed tokens "
+                f"accepted in {c['num_verify_steps']} steps, off in {c['num_declined_steps']}"
+            )
         seconds = self.profile.get("seconds", {})
         total = sum(seconds.values())
         if total > 0:
@@ -73,7 +85,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(loaded: LoadedModel, stats: SchedulerStats | None) -> Explanation:
+def explain(loaded: LoadedModel, stats: SchedulerStats | None, speculator: Speculator | None = None) -> Explanation:
     """The explanation of a loaded model; `stats` where prefixes are cached."""
     info = _C.build_info()
     return Explanation(
@@ -91,5 +103,10 @@ def explain(loaded: LoadedModel, stats: SchedulerStats | None) -> Explanation:
         cache_bytes=loaded.decoder.cache_bytes,
         max_context=loaded.max_context,
         prefix_cache=None if stats is None else asdict(stats) | loaded.decoder.cache_stats(),
+        speculation=None if speculator is None else {"method": _method(speculator.options)} | asdict(speculator.stats),
         profile=loaded.decoder.profile(),
     )
+
+
+def _method(speculation: Speculation) -> str:
+    return "prompt_lookup" if isinstance(speculation, PromptLookup) else f"draft model {speculation.model}"

@@ -7,6 +7,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,20 @@ class Grammar:
         # Text that must come is written with the tokens of its encoding, where a special token may stand for its name.
         words = words & self._plain
         return words | self._end if self._matcher.is_accepting() else words
+
+    def masks(self, token_ids: SequenceOf[int]) -> Int32:
+        """[1 + n, words]: the masks now and after each of the first n tokens, all that it lets through and goes on
+        behind."""
+        ahead = Grammar(self._matcher.deep_copy(), self._plain, self._end)
+        masks = [ahead.mask().copy()]
+        for token in token_ids:
+            if not masks[-1][token // 32] >> (token % 32) & 1 or ahead.accept(token):
+                break
+            mask = ahead.mask().copy()
+            if ahead.error() is not None:
+                break
+            masks.append(mask)
+        return np.stack(masks)
 
     def accept(self, token_id: int) -> bool:
         """Go on by a token; True when nothing can follow."""

@@ -14,6 +14,7 @@ import numpy as np
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.infer.beam_search import BeamSearchParams, beam_search
+from pyengine.infer.draft import DraftProposer, load_draft
 from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.explain import Explanation, explain
 from pyengine.infer.grammar import GrammarCompiler
@@ -24,6 +25,9 @@ from pyengine.infer.sample_state import encode_bad_words
 from pyengine.infer.sampling_params import SamplingParams
 from pyengine.infer.scheduler import Scheduler, check_priority, check_salt
 from pyengine.infer.sequence import Sequence
+from pyengine.infer.speculation import DraftModel, Speculation, parse_speculation
+from pyengine.infer.speculation_control import SpeculationControl
+from pyengine.infer.speculator import LookupProposer, Proposer, Speculator
 from pyengine.spec import ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
@@ -48,6 +52,9 @@ class LLM:
         max_batch_tokens: most tokens of one native step.
         prefix_cache: start a prompt behind the full pages that the cache still holds of it. Changes no bit of a result,
             only its time; requests with different `cache_salt` share nothing.
+        speculation: propose several tokens per step and keep those that the model draws itself: "prompt_lookup" or a
+            PromptLookup takes them from the prompt and the answer, a DraftModel from a smaller model. Changes no bit of
+            a result either; it is off where it does not pay.
 
     `priority` of a request: higher goes first, and takes memory from lower. `cache_salt`: who may notice by the time
     that a prompt takes that another one began alike: give each tenant a salt of its own.
@@ -68,7 +75,9 @@ class LLM:
         page_size: int = 32,
         max_batch_tokens: int = 512,
         prefix_cache: bool = True,
+        speculation: Literal["prompt_lookup"] | Speculation | None = None,
     ) -> None:
+        chosen = parse_speculation(speculation)
         if threads is not None:
             _C.set_num_threads(threads)
         options = EngineOptions(
@@ -83,7 +92,8 @@ class LLM:
         self._loaded: LoadedModel = load_model(model, options)
         self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size)
         self._prefix_cache = prefix_cache
-        self._scheduler = Scheduler(self._runner, prefix_cache=prefix_cache)
+        self._speculator = None if chosen is None else _make_speculator(chosen, self._loaded)
+        self._scheduler = Scheduler(self._runner, prefix_cache=prefix_cache, speculator=self._speculator)
         self._grammars = GrammarCompiler(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
         self._lock = EngineLock()
 
@@ -267,7 +277,7 @@ class LLM:
 
     def explain(self) -> Explanation:
         """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
-        return explain(self._loaded, self._scheduler.stats if self._prefix_cache else None)
+        return explain(self._loaded, self._scheduler.stats if self._prefix_cache else None, self._speculator)
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
@@ -393,6 +403,18 @@ class LLM:
     def _check_length(self, num_tokens: int, name: str) -> None:
         if num_tokens > self.max_context:
             raise ArgumentError(f"{name}: expected at most {self.max_context} tokens with the answer, got {num_tokens}")
+
+
+def _make_speculator(speculation: Speculation, target: LoadedModel) -> Speculator:
+    proposer: Proposer
+    if isinstance(speculation, DraftModel):
+        draft = load_draft(speculation, target)
+        proposer = DraftProposer(draft)
+        # Until it is measured: a step takes the time to read the weights.
+        control = SpeculationControl(draft.model.bytes_per_token / target.model.bytes_per_token)
+    else:
+        proposer, control = LookupProposer(speculation), SpeculationControl()
+    return Speculator(speculation, proposer, control)
 
 
 def _best(sequences: list[Sequence]) -> list[Completion]:

@@ -29,23 +29,31 @@ class Runner:
         self._sampler = _C.Sampler(decoder)
 
     def step(
-        self, token_ids: list[int], slots: list[int], rows: list[int], sequences: list[Sequence]
-    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        self,
+        token_ids: list[int],
+        slots: list[int],
+        rows: list[int],
+        sequences: list[Sequence],
+        num_proposals: list[int],
+    ) -> tuple[list[int], list[TokenLogprobs | None], list[int]]:
         """Append tokens to their sequences and draw the token that follows token rows[i] of this step, the last one of
-        sequences[i].
+        sequences[i]; then those that follow the num_proposals[i] tokens behind it, as long as these are what was drawn.
 
-        Returns token ids, negative where none could be drawn, and their log-probabilities where asked for.
+        Returns token ids, those of the first sequence first, negative where none could be drawn; their
+        log-probabilities where asked for; and how many there are of each sequence.
         """
-        num_logprobs = [sequence.num_logprobs for sequence in sequences]
-        most = max(num_logprobs, default=-1)
-        for sequence in sequences:
-            if sequence.grammar is not None:
+        for sequence, count in zip(sequences, num_proposals, strict=True):
+            # The masks of proposals are there already.
+            if sequence.grammar is not None and count == 0:
                 sequence.sample_state.set_mask(sequence.grammar.mask())
-        drawn = self._sampler.step(token_ids, slots, rows, [sequence.sample_state for sequence in sequences], most)
-        ids = drawn.token_ids
+        most = max((sequence.num_logprobs for sequence in sequences), default=-1)
+        states = [sequence.sample_state for sequence in sequences]
+        drawn = self._sampler.step(token_ids, slots, rows, states, most, num_proposals)
+        ids, counts = drawn.token_ids, drawn.counts
         if most < 0:
-            return ids, [None] * len(ids)
-        return ids, _logprobs(drawn, most, num_logprobs)
+            return ids, [None] * len(ids), counts
+        pairs = zip(sequences, counts, strict=True)
+        return ids, _logprobs(drawn, most, [s.num_logprobs for s, count in pairs for _ in range(count)]), counts
 
     def logits(self, token_ids: Int32) -> Float32:
         """Logits after each token of a sequence of its own: [T, vocab_size]."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pyengine.errors import ArgumentError
+from pyengine.infer.speculation import MAX_SPECULATIVE_TOKENS, check_count
 from pyengine.infer.structured_outputs import StructuredOutputs
 
 MAX_STOP_STRINGS = 16
@@ -85,6 +86,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt, but its first. They take a second pass over the prompt."""
 
+    num_speculative_tokens: int | None = None
+    """Propose at most this many tokens per step where the LLM speculates, 0 for none; None takes the LLM's number.
+    Changes the time of an answer, and nothing else."""
+
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
@@ -109,6 +114,8 @@ class SamplingParams:
         return self.n if self.best_of is None else self.best_of
 
     def _check_counts(self) -> None:
+        if self.num_speculative_tokens is not None:
+            check_count("num_speculative_tokens", self.num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
         ok = _is_int(self.n) and 1 <= self.n <= MAX_COMPLETIONS
         _require(ok, "n", f"a whole number from 1 to {MAX_COMPLETIONS}", self.n)
         ok = self.best_of is None or (_is_int(self.best_of) and self.n <= self.best_of <= MAX_COMPLETIONS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from bisect import insort
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import numpy as np
 from pyengine.errors import ArgumentError, CapacityError
 from pyengine.infer.runner import Runner
 from pyengine.infer.sequence import Sequence
+from pyengine.infer.speculator import Speculator
 
 MAX_RUNNING = 256
 MAX_PRIORITY = 2**31
@@ -43,6 +45,10 @@ def check_salt(cache_salt: str) -> str:
     return cache_salt
 
 
+_Plan = list[tuple[Sequence, int, list[int]]]
+"""Sequences, their native numbers and the tokens that each feeds."""
+
+
 @dataclass
 class SchedulerStats:
     """Counts since the model was loaded."""
@@ -57,11 +63,12 @@ class SchedulerStats:
 class Scheduler:
     """Runs sequences on one native decoder. Not thread-safe: its owner holds a lock."""
 
-    def __init__(self, runner: Runner, *, prefix_cache: bool = True) -> None:
+    def __init__(self, runner: Runner, *, prefix_cache: bool = True, speculator: Speculator | None = None) -> None:
         self.stats = SchedulerStats()
         self._runner = runner
         self._decoder = runner.decoder
         self._prefix_cache = prefix_cache
+        self._speculator = speculator
         self._num_arrivals = itertools.count()
         # Both in order of service.
         self._waiting: list[Sequence] = []
@@ -89,34 +96,24 @@ class Scheduler:
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         self._release(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
 
     def is_idle(self) -> bool:
         return not self._waiting and not self._running
 
     def step(self) -> None:
-        """One native step. Each sequence that got a token accepts it.
+        """One native step. Each sequence that got tokens accepts them.
 
         An error of the step becomes the failure of the sequences in it, and of no other.
         """
         plan = self._plan()
         if not plan:
             return
-        token_ids: list[int] = []
-        slots: list[int] = []
-        sampled: list[Sequence] = []
-        rows: list[int] = []
-        for sequence, slot, chunk in plan:
-            token_ids += chunk
-            slots += [slot] * len(chunk)
-            sequence.num_cached += len(chunk)
-            if sequence.num_cached == sequence.num_tokens:
-                sampled.append(sequence)
-                rows.append(len(token_ids) - 1)
         try:
-            tokens, logprobs = self._runner.step(token_ids, slots, rows, sampled)
-            for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
-                if sequence.accept(token, logprob):
-                    self.cancel(sequence)
+            # Beside prompts nothing is proposed: they use a wide step better.
+            decodes = all(s.num_tokens - s.num_cached == 1 for s, _, _ in plan)
+            self._run(plan, self._propose(plan) if decodes else {}, is_timed=decodes)
         except BaseException as error:
             # Tokens may be computed and not accepted: none of these can go on.
             for sequence, _, _ in plan:
@@ -125,7 +122,53 @@ class Scheduler:
             if not isinstance(error, Exception):
                 raise
 
-    def _plan(self) -> list[tuple[Sequence, int, list[int]]]:
+    def _run(self, plan: _Plan, proposals: dict[Sequence, list[int]], *, is_timed: bool) -> None:
+        token_ids: list[int] = []
+        slots: list[int] = []
+        sampled: list[Sequence] = []
+        rows: list[int] = []
+        num_proposals: list[int] = []
+        for sequence, slot, chunk in plan:
+            guesses = proposals.get(sequence, [])
+            token_ids += chunk + guesses
+            slots += [slot] * (len(chunk) + len(guesses))
+            sequence.num_cached += len(chunk)
+            if sequence.num_cached == sequence.num_tokens:
+                sampled.append(sequence)
+                rows.append(len(token_ids) - len(guesses) - 1)
+                num_proposals.append(len(guesses))
+        start = time.perf_counter()
+        tokens, logprobs, counts = self._runner.step(token_ids, slots, rows, sampled, num_proposals)
+        if self._speculator is not None:
+            seconds = time.perf_counter() - start
+            self._speculator.judge(sampled, tokens, counts, num_proposals, seconds if is_timed else None)
+        drawn = zip(tokens, logprobs, strict=True)
+        for sequence, count in zip(sampled, counts, strict=True):
+            # Of the proposals, the cache keeps those that were drawn.
+            sequence.num_cached += count - 1
+            has_ended = False
+            for token, logprob in itertools.islice(drawn, count):
+                has_ended = has_ended or sequence.accept(token, logprob)
+            if has_ended:
+                self.cancel(sequence)
+
+    def _propose(self, plan: _Plan) -> dict[Sequence, list[int]]:
+        """Tokens to verify behind the last one of some sequences, with pages claimed for them, of those left over."""
+        if self._speculator is None:
+            return {}
+        proposals = self._speculator.propose([sequence for sequence, _, _ in plan], self._runner.max_tokens - len(plan))
+        for sequence, guesses in proposals.items():
+            slot = sequence.slot
+            assert slot is not None
+            num_kept = len(guesses)
+            while self._decoder.pages_needed(slot, num_kept) > self._decoder.num_free_pages:
+                num_kept -= 1
+            guesses = sequence.restrict(guesses[:num_kept])
+            self._decoder.grow(slot, len(guesses))
+            proposals[sequence] = guesses
+        return proposals
+
+    def _plan(self) -> _Plan:
         """Sequences, their native numbers and the tokens that each feeds, with pages claimed for all of them."""
         plan: dict[Sequence, list[int]] = {}
         budget = self._runner.max_tokens

@@ -103,14 +103,24 @@ class Sequence:
     def has_ended(self) -> bool:
         return self.finish_reason is not None or self.failure is not None
 
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Tokens of prompt and answer from `begin` on, before `end`."""
+        num_prompt = len(self.prompt_token_ids)
+        if begin >= num_prompt:
+            return self.token_ids[begin - num_prompt : end - num_prompt]
+        return self.prompt_token_ids[begin:end] + self.token_ids[: max(end - num_prompt, 0)]
+
     def pending_token_ids(self, limit: int) -> list[int]:
-        """The next tokens to feed, at most `limit`."""
-        begin = self.num_cached - len(self.prompt_token_ids)
-        if begin >= 0:
-            return self.token_ids[begin : begin + limit]
-        chunk = self.prompt_token_ids[self.num_cached : self.num_cached + limit]
-        # A sequence that gave its pages back computes its own tokens again.
-        return chunk + self.token_ids[: limit - len(chunk)]
+        """The next tokens to feed, at most `limit`. A sequence that gave its pages back feeds its own tokens again."""
+        return self.tokens(self.num_cached, self.num_cached + limit)
+
+    def restrict(self, proposals: list[int]) -> list[int]:
+        """As many of the first tokens that may come next as its grammar lets through; prepares the draws for them."""
+        if self.grammar is None or not proposals:
+            return proposals
+        masks = self.grammar.masks(proposals)
+        self.sample_state.set_mask(masks)
+        return proposals[: len(masks) - 1]
 
     def accept(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
         """Take the drawn token. True when it ended the sequence, which then has a finish_reason or a failure."""

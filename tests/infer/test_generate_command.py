@@ -37,6 +37,20 @@ def test_penalties_and_bad_words(tiny):
     assert line["token_ids"] == expected.token_ids
 
 
+def test_speculation_changes_no_answer(tiny):
+    options = ["ab ab ab ab", "--json", "--max-tokens", 30]
+    expected = run(tiny, *options)
+    assert run(tiny, *options, "--speculation", "prompt_lookup", "--num-speculative-tokens", 5) == expected
+    assert run(tiny, *options, "--draft-model", tiny) == expected
+    for bad, message in (
+        (["--speculation", "prompt_lookup", "--draft-model", tiny], "--draft-model: expected no --speculation"),
+        (["--num-speculative-tokens", 3], "--num-speculative-tokens: expected --speculation or --draft-model"),
+    ):
+        result = CliRunner().invoke(command, [str(a) for a in (tiny, "ab", *bad)])
+        assert result.exit_code == 2
+        assert message in result.output
+
+
 @needs_library
 def test_forms(tiny, tmp_path):
     assert re.fullmatch("[a-f]{2}[0-9]\n", run(tiny, "x", "--regex", "[a-f]{2}[0-9]"))

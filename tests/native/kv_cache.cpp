@@ -201,6 +201,47 @@ void test_a_listed_page_is_not_written_after_truncate() {
   CHECK(hit(cache, "", other) == 32);
 }
 
+// Tokens that are claimed and not committed can be taken back, full pages of them too: nobody finds these.
+void test_rejected_tokens() {
+  for (const std::optional<std::string>& salt : {std::optional<std::string>(), std::optional<std::string>("")}) {
+    KvCache cache(kConfig);
+    const int32_t seq = cache.add_sequence(salt);
+    const int64_t num_listed = salt ? 1 : 0;
+    append(cache, seq, count_from(0, 14));
+    cache.grow(seq, 40);
+    for (int32_t token = 14; token < 17; ++token) cache.commit(seq, token);
+    CHECK(cache.num_committed(seq) == 17 && cache.length(seq) == 54 && cache.pages(seq).size() == 4);
+    cache.truncate(seq, cache.num_committed(seq));
+    CHECK(cache.length(seq) == 17 && cache.pages(seq).size() == 2);
+    CHECK(cache.num_free_pages() == kConfig.num_pages - 2 && cache.num_indexed_pages() == num_listed);
+    // The same slots again, now for other tokens.
+    append(cache, seq, count_from(60, 15));
+    CHECK(cache.stats().num_copied_pages == 0 && cache.num_indexed_pages() == 2 * num_listed);
+    CHECK(hit(cache, salt, count_from(0, 32)) == 16 * num_listed);
+    cache.free_sequence(seq);
+    CHECK(cache.num_free_pages() == kConfig.num_pages);
+  }
+}
+
+// A fork writes proposals into a copy; taking them back leaves the page of its parent alone.
+void test_rejected_tokens_of_a_fork() {
+  KvCache cache(kConfig);
+  const int32_t parent = cache.add_sequence("");
+  append(cache, parent, count_from(0, 20));
+  const int32_t child = cache.fork_sequence(parent);
+  cache.grow(child, 30);
+  CHECK(cache.stats().num_copied_pages == 1 && cache.pages(child).size() == 4);
+  cache.commit(child, 20);
+  cache.truncate(child, 21);
+  CHECK(cache.pages(child)[0] == cache.pages(parent)[0] && cache.pages(child)[1] != cache.pages(parent)[1]);
+  CHECK(cache.length(parent) == 20 && cache.num_free_pages() == kConfig.num_pages - 3);
+  // Whoever starts behind the shared page of both finds one page, not the proposals.
+  CHECK(cache.num_indexed_pages() == 1);
+  cache.free_sequence(parent);
+  cache.free_sequence(child);
+  CHECK(cache.num_free_pages() == kConfig.num_pages);
+}
+
 void test_arguments() {
   KvCache cache(kConfig);
   const int32_t seq = cache.add_sequence();
@@ -326,7 +367,10 @@ class RandomRun {
     for (int i = 0; i < num_tokens; ++i) s.tokens.push_back(token(s.tokens.size()));
     for (size_t i = first; i < s.tokens.size(); ++i)
       for (uint64_t* slot : slots(seq, i)) *slot = fingerprint(s, i);
+    // Now and then only the first of them are accepted.
+    if (below(2) == 0) s.tokens.resize(first + static_cast<size_t>(below(static_cast<size_t>(num_tokens) + 1)));
     for (size_t i = first; i < s.tokens.size(); ++i) cache_.commit(seq, s.tokens[i]);
+    cache_.truncate(seq, cache_.num_committed(seq));
   }
 
   void drop(int32_t seq) {
@@ -378,6 +422,8 @@ int main() {
   test_eviction();
   test_fork_shares_and_copies();
   test_a_listed_page_is_not_written_after_truncate();
+  test_rejected_tokens();
+  test_rejected_tokens_of_a_fork();
   test_arguments();
   for (const int hash_bits : {0, 2, 64}) test_index_against_a_map(hash_bits);
   for (uint32_t seed = 0; seed < 4; ++seed) RandomRun(seed).go(1500);
