@@ -31,16 +31,11 @@ __m512i bf16_pair(const PanelF& even, const PanelF& odd) {
 }
 
 // Row i of the tile holds, for each of the 16 rows of the panel, the codes 2i and 2i + 1 as bf16.
+// Row i of the tile holds, for each of the 16 rows of the panel, the codes 2i and 2i + 1 as bf16.
 template <BlockFormat format>
 void unpack(const uint8_t* group, uint8_t* tile) {
   const auto row = [tile](int i) { return tile + i * kTileRowBytes; };
-  if constexpr (format == BlockFormat::q8_0) {
-    PE_UNROLL for (int j = 0; j < 8; ++j) {
-      const Codes codes = load_codes(group + j * 64);
-      _mm512_storeu_si512(row(2 * j), bf16_pair(byte<0>(codes), byte<1>(codes)));
-      _mm512_storeu_si512(row(2 * j + 1), bf16_pair(byte<2>(codes), byte<3>(codes)));
-    }
-  } else {
+  if constexpr (info(format).low_bits == 4 && info(format).high_bits == 0 && !info(format).has_book) {
     const __m512i table = bf16_of_nibbles();
     PE_UNROLL for (int j = 0; j < 4; ++j) {
       const Codes codes = load_codes(group + j * 64);
@@ -50,14 +45,21 @@ void unpack(const uint8_t* group, uint8_t* tile) {
       _mm512_storeu_si512(row(8 + 2 * j), _mm512_permutexvar_epi16(_mm512_srli_epi16(first, 4), table));
       _mm512_storeu_si512(row(9 + 2 * j), _mm512_permutexvar_epi16(_mm512_srli_epi16(second, 4), table));
     }
+  } else {
+    unroll<kGroupQuads>([&](auto j) PE_INLINE {
+      const CodeRun<4> run = code_run<format, j>(group);
+      _mm512_storeu_si512(row(2 * j), bf16_pair(run.code[0], run.code[1]));
+      _mm512_storeu_si512(row(2 * j + 1), bf16_pair(run.code[2], run.code[3]));
+    });
   }
 }
 
 template <BlockFormat format>
 struct Product {
+  static constexpr BlockFormat kFormat = format;
   static constexpr TileDot kDot = TileDot::bf16;
-  static constexpr int64_t kDepthBytes = kBlockSize * 2;
-  static constexpr int64_t kGroupBytes = packed_group_bytes(format);
+  static constexpr int64_t kElementBytes = 2;
+  static constexpr int kParts = scale_groups(format);
   using Raw = float;
   using Scales = W4A16Scales;
 
@@ -65,18 +67,16 @@ struct Product {
   const BlockWeights& weights = a.weight;
   const GroupSums sum_x = group_sums(a);
 
-  const void* x(int64_t row, int64_t g) const {
-    return static_cast<const bf16*>(a.x) + row * a.x_row_stride + g * kBlockSize;
-  }
+  const bf16* x(int64_t row) const { return static_cast<const bf16*>(a.x) + row * a.x_row_stride; }
   int64_t x_row_bytes() const { return a.x_row_stride * 2; }
 
   const uint8_t* codes(const uint8_t* group, uint8_t* tile) const {
     unpack<format>(group, tile);
     return tile;
   }
-  Scales scales(const uint8_t* group) const { return load_w4a16_scales<format>(group); }
-  PanelF add(const Scales& scales, const float* s, int64_t row, int64_t g, const PanelF& total) const {
-    return add_w4a16_group<format>(scales, panel_load(s), sum_x, row, g, total);
+  Scales scales(const uint8_t* panel, int64_t g, int part) const { return load_w4a16_scales<format>(panel, g, part); }
+  PanelF add(const Scales& scales, const float* s, int64_t row, int64_t g, int part, const PanelF& total) const {
+    return add_w4a16_group<has_min(format)>(scales, panel_load(s), sum_x, row, g * kParts + part, total);
   }
   void store(int64_t row, int64_t panel, const PanelF& total) const { store_panel(a, row, panel, total); }
 };
@@ -84,22 +84,16 @@ struct Product {
 // x in bf16 takes the tiles for any number of rows, so that a row has the same bits in every batch.
 void tile(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
   if (a.x_dtype == DType::f32) return avx512::matmul_w4a16.tile(a, row_begin, row_end, panel_begin, panel_end);
-  switch (a.weight.format) {
-    case BlockFormat::q4_0:
-      return group_tiles(Product<BlockFormat::q4_0>{a}, row_begin, row_end, panel_begin, panel_end);
-    case BlockFormat::q4_1:
-      return group_tiles(Product<BlockFormat::q4_1>{a}, row_begin, row_end, panel_begin, panel_end);
-    case BlockFormat::q8_0:
-      return group_tiles(Product<BlockFormat::q8_0>{a}, row_begin, row_end, panel_begin, panel_end);
-  }
+  with_format(a.weight.format,
+              [&](auto format) { group_tiles(Product<format.value>{a}, row_begin, row_end, panel_begin, panel_end); });
 }
 
 // Tiles read x as it is; the f32 copy in the workspace stays unused.
 void prepare(const MatmulW4A16& a, int64_t row_begin, int64_t row_end) {
   if (a.x_dtype == DType::f32) return avx512::matmul_w4a16.prepare(a, row_begin, row_end);
-  if (a.weight.format != BlockFormat::q4_1) return;
+  if (!has_min(a.weight.format)) return;
   for (int64_t row = row_begin; row < row_end; ++row)
-    store_group_sums(group_sums(a), row, static_cast<const bf16*>(a.x) + row * a.x_row_stride);
+    store_group_sums(a, row, static_cast<const bf16*>(a.x) + row * a.x_row_stride);
 }
 
 }  // namespace

@@ -12,7 +12,14 @@
 
 namespace pe {
 
-enum class WeightFormat : uint8_t { f32, bf16, q4_0, q4_1, q8_0 };
+// The dense formats, then every BlockFormat.
+enum class WeightFormat : uint8_t {
+  f32,
+  bf16,
+#define PE_NAME(name, ...) name,
+  PE_BLOCK_FORMATS(PE_NAME)
+#undef PE_NAME
+};
 
 const char* weight_format_name(WeightFormat format);
 WeightFormat parse_weight_format(const std::string& name);  // throws ArgumentError

@@ -19,6 +19,8 @@ from pyengine.infer.source import WeightSource, open_source
 from pyengine.spec import NORM_NAMES, ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
+BLOCK_FORMATS = tuple(_C.block_formats())
+# What `weights` may ask for; of the other block formats a file's own weights are kept.
 WEIGHT_FORMATS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
 DEFAULT_MAX_CONTEXT = 8192
 
@@ -89,10 +91,10 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
     source = open_source(path)
     spec = source.spec
     formats = {name: _target_format(source, name, options.weights) for name in source.matrix_names()}
-    has_blocks = any(f.startswith("q") for f in formats.values())
+    has_blocks = any(f in BLOCK_FORMATS for f in formats.values())
     if options.mode == "fast" and not has_blocks:
         raise ArgumentError(
-            f"mode: 'fast' needs weights in blocks (q8_0, q4_1, q4_0), got {sorted(set(formats.values()))}"
+            f"mode: 'fast' needs weights in blocks ({', '.join(BLOCK_FORMATS)}), got {sorted(set(formats.values()))}"
         )
     act_dtype = "bfloat16" if set(formats.values()) == {"bfloat16"} else "float32"
     mode = "exact" if options.mode == "auto" else options.mode
@@ -246,15 +248,18 @@ def _target_format(source: WeightSource, name: str, wanted: str) -> str:
     stored = source.stored_format(name)
     if wanted == "auto":
         kept = {"float32": "float32", "float16": "float32", "bfloat16": "bfloat16"}.get(stored, stored)
-        if kept not in WEIGHT_FORMATS:
+        if kept not in (*WEIGHT_FORMATS, *BLOCK_FORMATS):
             raise BackendUnavailable(
                 f"{source.path}: {name} is stored as {stored}, for which there is no kernel; "
                 f"pass weights= one of {', '.join(WEIGHT_FORMATS)} to convert"
             )
         return kept
     num_cols = source.spec.tensor_shapes()[name][1]
-    if wanted.startswith("q") and num_cols % 32:
-        raise ArgumentError(f"weights: {wanted} needs rows of a multiple of 32 values, got {num_cols} in {name}")
+    block_size = _C.block_formats()[wanted][0] if wanted in BLOCK_FORMATS else 1
+    if num_cols % block_size:
+        raise ArgumentError(
+            f"weights: {wanted} needs rows of a multiple of {block_size} values, got {num_cols} in {name}"
+        )
     return wanted
 
 
