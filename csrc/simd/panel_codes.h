@@ -35,7 +35,7 @@ struct CodeRun {
 
 template <BlockFormat format, int i>
 [[gnu::always_inline]] static inline CodeRun<4> code_run(const uint8_t* group) {
-  if constexpr (info(format).low_bits == 4 && info(format).high_bits == 0) {
+  if constexpr (stored_bits(format) == 4) {
     constexpr int field = i / 4;
     constexpr bool book = info(format).has_book;
     const Codes codes = load_codes(group + 64 * (i % 4));

@@ -13,7 +13,7 @@ struct GroupSums {
 
 static inline GroupSums group_sums(const MatmulW4A16& a) {
   const int64_t num_cols = a.weight.num_cols;
-  const int64_t copied = a.x_dtype == DType::bf16 ? a.num_rows * num_cols : 0;
+  const int64_t copied = a.x_is_bf16() ? a.num_rows * num_cols : 0;
   if (scale_groups(a.weight.format) == 1) return {a.workspace + copied, num_cols / kBlockSize};
   return {a.workspace + copied + a.num_rows * (num_cols / kBlockSize), num_cols / kBlockSize * 2};
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +13,17 @@ import numpy.typing as npt
 
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
-from pyengine.formats.blocks import quantize_q4_0, quantize_q4_1, quantize_q8_0
+from pyengine.formats.quantizers import QUANTIZERS, block_geometry
 from pyengine.infer.source import WeightSource, open_source
 from pyengine.spec import NORM_NAMES, ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
 BLOCK_FORMATS = tuple(_C.block_formats())
 # What `weights` may ask for; of the other block formats a file's own weights are kept.
-WEIGHT_FORMATS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
+WEIGHT_FORMATS = ("float32", "bfloat16", *QUANTIZERS)
 DEFAULT_MAX_CONTEXT = 8192
+# Mode -> what products with block weights round activations to.
+PRODUCT_INPUTS = {"exact": "unrounded", "bf16": "bfloat16", "fast": "int8"}
 
 Array = npt.NDArray[Any]
 
@@ -41,7 +42,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         _one_of("weights", self.weights, ("auto", *WEIGHT_FORMATS))
-        _one_of("mode", self.mode, ("auto", "exact", "fast"))
+        _one_of("mode", self.mode, ("auto", *PRODUCT_INPUTS))
         _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8"))
         for name, low, high in (
             ("max_context", 1, 1 << 24),
@@ -79,22 +80,16 @@ class LoadedModel:
     max_context: int
 
 
-_QUANTIZERS: Mapping[str, Callable[[Array], Array]] = {
-    "q8_0": quantize_q8_0,
-    "q4_1": quantize_q4_1,
-    "q4_0": quantize_q4_0,
-}
-
-
 def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedModel:
     """Raises ModelFileError for a bad file, BackendUnavailable for one whose formats have no kernel here."""
     source = open_source(path)
     spec = source.spec
     formats = {name: _target_format(source, name, options.weights) for name in source.matrix_names()}
     has_blocks = any(f in BLOCK_FORMATS for f in formats.values())
-    if options.mode == "fast" and not has_blocks:
+    if options.mode in ("bf16", "fast") and not has_blocks:
         raise ArgumentError(
-            f"mode: 'fast' needs weights in blocks ({', '.join(BLOCK_FORMATS)}), got {sorted(set(formats.values()))}"
+            f"mode: '{options.mode}' needs weights in blocks ({', '.join(BLOCK_FORMATS)}), "
+            f"got {sorted(set(formats.values()))}"
         )
     act_dtype = "bfloat16" if set(formats.values()) == {"bfloat16"} else "float32"
     mode = "exact" if options.mode == "auto" else options.mode
@@ -125,7 +120,7 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         norm_placement=spec.norm_placement,
         gate_activation=spec.gate_activation,
         act_dtype=act_dtype,
-        int8_activations=mode == "fast",
+        product_input=PRODUCT_INPUTS[mode],
         capacity_bytes=_capacity(spec, formats, max_context),
     )
     # Packing runs outside the interpreter, so the tokenizer, which takes longer, is built meanwhile.
@@ -255,7 +250,7 @@ def _target_format(source: WeightSource, name: str, wanted: str) -> str:
             )
         return kept
     num_cols = source.spec.tensor_shapes()[name][1]
-    block_size = _C.block_formats()[wanted][0] if wanted in BLOCK_FORMATS else 1
+    block_size, _ = block_geometry(wanted) if wanted in BLOCK_FORMATS else (1, 0)
     if num_cols % block_size:
         raise ArgumentError(
             f"weights: {wanted} needs rows of a multiple of {block_size} values, got {num_cols} in {name}"
@@ -268,8 +263,8 @@ def _rows(source: WeightSource, name: str, target: str) -> tuple[npt.NDArray[np.
     if source.stored_format(name) == target:
         return source.raw(name)
     dense = source.dense(name)
-    if target in _QUANTIZERS:
-        blocks = _QUANTIZERS[target](np.ascontiguousarray(dense, np.float32))
+    if target in QUANTIZERS:
+        blocks = QUANTIZERS[target](np.ascontiguousarray(dense, np.float32), False)
         return blocks.view(np.uint8).reshape(len(dense), -1), None
     dtype = np.dtype(np.float32) if target == "float32" else np.dtype(ml_dtypes.bfloat16)
     return np.ascontiguousarray(dense.astype(dtype)).view(np.uint8).reshape(len(dense), -1), None

@@ -130,16 +130,21 @@ def test_adds_in_the_order_of_the_contract(isa, block_format, dtype):
             s = fma(left[:, group * scale_group + k, None], codes[None, :, group, k], s)
         return s
 
+    def group_sum(group):
+        if dtype == torch.bfloat16 and isa == "amx":
+            return chain(group, range(0, scale_group, 2)) + chain(group, range(1, scale_group, 2))
+        if dtype == torch.bfloat16 and isa == "avx512_bf16":
+            pairs = [2, 0, 3, 1, 6, 4, 7, 5, 10, 8, 11, 9, 14, 12, 15, 13]
+            first = chain(group, pairs)
+            return first if scale_group == 16 else first + chain(group, [k + 16 for k in pairs])
+        return chain(group, range(scale_group))
+
     if low is not None:
         middle = 2.0 ** int(block_format[1]) / 2
         codes, low = codes - middle, fma(middle, d, low)
     total = np.zeros((18, 21), np.float32)
     for group in range(codes.shape[1]):
-        if isa == "amx" and dtype == torch.bfloat16:
-            s = chain(group, range(0, scale_group, 2)) + chain(group, range(1, scale_group, 2))
-        else:
-            s = chain(group, range(scale_group))
-        total = fma(d[None, :, group, 0], s, total)
+        total = fma(d[None, :, group, 0], group_sum(group), total)
         if low is not None:
             halves = left[:, group * scale_group : (group + 1) * scale_group]
             while halves.shape[1] > 1:
@@ -160,6 +165,32 @@ def test_same_bits_for_any_number_of_threads(isa, block_format):
                 results.append(run(x, raw, block_format))
         assert_same_bits(results[1], results[0])
         assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 17])
+@pytest.mark.parametrize("block_format", FORMATS)
+def test_rounding_x_gives_the_bits_of_bf16_x(isa, block_format, num_rows):
+    k = columns(block_format, 3 if BLOCK_SIZE[block_format] == 32 else 1)
+    x, raw = torch.randn(num_rows, k), random_blocks(block_format, 37, k)
+    x[0, :4] = torch.tensor([torch.inf, 1e-40, 3e38, -1e-39])
+    packed, y = pack_blocks(raw, block_format), torch.empty(num_rows, 37)
+    _C.matmul_w4a16_cpu(x, packed, block_format, y, round_x=True)
+    assert_same_bits(y, run(x.bfloat16(), raw, block_format, out_dtype=torch.float32))
+
+
+def test_refuses_to_round_what_is_bf16():
+    x, packed = torch.randn(2, 32).bfloat16(), pack_blocks(random_blocks("q4_0", 5, 32), "q4_0")
+    with pytest.raises(ArgumentError, match="x: expected float32, got bfloat16"):
+        _C.matmul_w4a16_cpu(x, packed, "q4_0", torch.empty(2, 5), round_x=True)
+
+
+@pytest.mark.parametrize("block_format", FORMATS)
+def test_subnormal_activations_count_as_zero_where_the_contract_says_so(isa, block_format):
+    k = columns(block_format, 1)
+    x, raw = torch.full((2, k), 1e-39).bfloat16(), random_blocks(block_format, 20, k)
+    has_min = parts(raw, block_format)[2] is not None
+    flushed = isa in ("avx512_bf16", "amx") and not has_min
+    assert (run(x, raw, block_format, out_dtype=torch.float32) == 0).all() == flushed
 
 
 @pytest.mark.parametrize("at_end", [True, False])

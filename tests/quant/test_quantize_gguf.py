@@ -330,7 +330,7 @@ def check_error(kind, match, path, out, **options):
 @pytest.mark.parametrize("argument", ["weights", "embedding"])
 def test_unknown_format(tied, tmp_path, argument):
     check_error(
-        ArgumentError, f"^{argument}: expected one of .*q4_1.*'q5_0'", tied, tmp_path / "o", **{argument: "q5_0"}
+        ArgumentError, f"^{argument}: expected one of .*q4_1.*'q3_k'", tied, tmp_path / "o", **{argument: "q3_k"}
     )
 
 

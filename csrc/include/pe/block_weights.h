@@ -94,8 +94,9 @@ constexpr int64_t kScaleBytes = 32;  // 16 f16
 // Values of the codes of a book.
 static constexpr int8_t kCodeBook[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-// Bits of q, z, and the scale groups of a packed group.
-static constexpr int code_bits(BlockFormat f) { return info(f).has_book ? 8 : info(f).low_bits + info(f).high_bits; }
+// Bits of a stored code, bits of q, z, and the scale groups of a packed group.
+static constexpr int stored_bits(BlockFormat f) { return info(f).low_bits + info(f).high_bits; }
+static constexpr int code_bits(BlockFormat f) { return info(f).has_book ? 8 : stored_bits(f); }
 static constexpr int32_t middle_code(BlockFormat f) { return 1 << (code_bits(f) - 1); }
 static constexpr bool has_min(BlockFormat f) { return info(f).has_min; }
 constexpr int kGroupHalves = 2;  // scale groups at most
@@ -105,9 +106,7 @@ static constexpr int64_t block_weights_row_bytes(BlockFormat format, int64_t num
   return num_cols / info(format).block_size * info(format).gguf_block_bytes;
 }
 
-static constexpr int64_t packed_code_bytes(BlockFormat f) {
-  return kPanelRows * kBlockSize * (info(f).low_bits + info(f).high_bits) / 8;
-}
+static constexpr int64_t packed_code_bytes(BlockFormat f) { return kPanelRows * kBlockSize * stored_bits(f) / 8; }
 static constexpr int64_t packed_group_bytes(BlockFormat f) {
   const int64_t scales = info(f).scales == BlockScales::f16   ? kScaleBytes * (has_min(f) ? 2 : 1)
                          : has_min(f) || scale_groups(f) == 2 ? 2 * kPanelRows
