@@ -65,7 +65,7 @@ struct ModelConfig {
   bool has_pre_norm, has_post_norm;  // before, and after, attention and MLP
   QkNorm qk_norm;
   GateActivation gate_activation;
-  DType act_dtype;        // f32 or bf16: of activations between kernels
+  DType act_dtype;             // f32 or bf16: of activations between kernels
   ProductInput product_input;  // of block formats
 
   int64_t q_size() const { return num_heads * head_dim; }

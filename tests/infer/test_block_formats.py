@@ -1,5 +1,7 @@
 """Models whose matrices are in every block format of GGUF, alone and mixed."""
 
+import ctypes
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from infer.test_same_bits import assert_same, run_batch, sequences  # noqa: E402
 from pyengine import _C, LLM, SamplingParams  # noqa: E402
 from pyengine.errors import ModelFileError  # noqa: E402
 from pyengine.formats import GgufTensor, open_gguf, write_gguf  # noqa: E402
+from pyengine.formats.quantizers import QUANTIZERS  # noqa: E402
 from pyengine.quant import quantize_to_gguf  # noqa: E402
 from pyengine.testing.blocks import random_blocks, scale_offsets  # noqa: E402
 from pyengine.testing.random_model import make_spec, write_model  # noqa: E402
@@ -108,6 +111,50 @@ def test_batch_chunk_and_threads_change_no_bit(dense, tmp_path, mode):
         assert_same(run_batch(llm, batch[:7], chunk=64), alone[:7])
     finally:
         _C.set_num_threads(before)
+
+
+# Name of a mixture of llama.cpp and its number there.
+MIXTURES = {
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K_M": 12,
+    "Q4_K_M": 15,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+    "IQ4_XS": 30,
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_files_of_llama_cpp_compute_what_it_computes(dense, tmp_path, mixture):
+    """It rounds activations to int8 always, so it may be as far from exact products as our own int8 ones are."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = MIXTURES[mixture], 1
+    out = tmp_path / "model.gguf"
+    assert llama_cpp.llama_model_quantize(str(dense).encode(), str(out).encode(), ctypes.byref(params)) == 0
+    float32 = llama_cpp.GGML_TYPE_F32
+    peer = llama_cpp.Llama(
+        str(out), n_ctx=256, n_threads=1, logits_all=True, type_k=float32, type_v=float32, verbose=False
+    )
+    ids = np.random.default_rng(1).integers(0, 384, 90).tolist()
+    peer.eval(ids)
+    theirs = np.array(peer.scores[: len(ids)])
+    exact, fast = LLM(out).logits(ids), LLM(out, mode="fast").logits(ids)
+    assert mixture.lower().removesuffix("_m") in LLM(out).explain().weight_formats
+    assert (theirs - exact).std() < 1.5 * (fast - exact).std()
+
+
+@pytest.mark.parametrize("block_format", QUANTIZERS)
+def test_a_written_file_gives_the_bits_of_converted_weights(dense, tmp_path, block_format):
+    out = tmp_path / "model.gguf"
+    quantize_to_gguf(dense, out, weights=block_format, embedding=block_format)
+    ids = np.random.default_rng(1).integers(0, 384, 40).tolist()
+    written, converted = LLM(out), LLM(dense, weights=block_format)
+    assert set(written.explain().weight_formats) == {block_format}
+    assert written.logits(ids).tobytes() == converted.logits(ids).tobytes()
 
 
 @pytest.mark.parametrize("block_format", SUPER)
