@@ -38,12 +38,14 @@ class LLM:
         weights: format in memory: "auto" keeps the file's, each matrix in its own; "float32", "bfloat16", "q8_0",
             "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl" convert.
         mode: "exact" computes with float activations. Products with weights in blocks may round theirs first: "bf16" to
-            bfloat16, "fast" to int8 per 32 values, for integer dot products. "auto" is "exact".
+            bfloat16, "fast" to int8 per 32 values, for integer dot products; attention over a bfloat16 cache rounds
+            its queries then. "auto" is "exact".
         threads: size of the native thread pool of this process; None keeps it.
         max_context: most tokens of one sequence; None takes the model's, at most 8192.
         cache_tokens: tokens that the key/value cache holds over all sequences; None takes max_context.
-        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations. int8 has one
-            scale per token and head, and holds 3.8 times the tokens of float32 in the same memory.
+        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations, and bfloat16 in
+            the modes that round. int8 has one scale per token and head, and holds 3.8 times the tokens of float32 in
+            the same memory.
         max_batch_tokens: most tokens of one native step.
         prefix_cache: start a prompt behind the full pages that the cache still holds of it. Changes no bit of a result,
             only its time; requests with different `cache_salt` share nothing.
