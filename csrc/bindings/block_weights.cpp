@@ -25,11 +25,11 @@ void pack(const std::string& format_name, const Tensor& raw, const std::optional
   const BlockFormat format = parse_block_format(kCheck, format_name);
   kCheck.dtype(raw, "raw", {DType::u8});
   kCheck.unit_stride(kCheck.shape(raw, "raw", {-1, -1}), "raw");
-  const int64_t block_bytes = block_weights_row_bytes(format, kBlockSize);
+  const int64_t block_bytes = info(format).gguf_block_bytes;
   if (raw.shape[1] % block_bytes != 0)
     kCheck.fail("raw", "rows of whole " + format_name + " blocks of " + std::to_string(block_bytes) + " bytes",
                 "rows of " + std::to_string(raw.shape[1]) + " bytes");
-  const int64_t num_raw_rows = raw.shape[0], num_cols = raw.shape[1] / block_bytes * kBlockSize;
+  const int64_t num_raw_rows = raw.shape[0], num_cols = raw.shape[1] / block_bytes * info(format).block_size;
   int64_t num_rows = num_raw_rows;
   if (row_order) {
     kCheck.dtype(*row_order, "row_order", {DType::i32});
@@ -64,22 +64,33 @@ void unpack(const std::string& format, const Tensor& packed, const Tensor& out) 
     block_weights_unpack_row(weights, row, out.ptr<float>() + row * weights.num_cols);
 }
 
+// Name -> (k of a block, bytes of a GGUF block of a row, bytes of a packed block of a panel).
+py::dict block_formats() {
+  py::dict formats;
+  for (int i = 0; i < kNumBlockFormats; ++i)
+    formats[kBlockFormats[i].name] = py::make_tuple(kBlockFormats[i].block_size, kBlockFormats[i].gguf_block_bytes,
+                                                    packed_block_bytes(static_cast<BlockFormat>(i)));
+  return formats;
+}
+
 }  // namespace
 
 BlockFormat parse_block_format(const Check& check, const std::string& name) {
-  if (name == "q4_0") return BlockFormat::q4_0;
-  if (name == "q4_1") return BlockFormat::q4_1;
-  if (name == "q8_0") return BlockFormat::q8_0;
-  check.fail("block_format", "q4_0, q4_1 or q8_0", "'" + name + "'");
+  std::string known;
+  for (int i = 0; i < kNumBlockFormats; ++i) {
+    if (name == kBlockFormats[i].name) return static_cast<BlockFormat>(i);
+    known += (i ? ", " : "") + std::string(kBlockFormats[i].name);
+  }
+  check.fail("block_format", "one of " + known, "'" + name + "'");
 }
 
 int64_t checked_packed_bytes(const Check& check, BlockFormat format, int64_t num_rows, int64_t num_cols) {
   if (num_rows < 0) check.fail("num_rows", "a count", std::to_string(num_rows));
-  if (num_cols < 0 || num_cols % kBlockSize != 0)
-    check.fail("num_cols", "a multiple of " + std::to_string(kBlockSize), std::to_string(num_cols));
-  const Checked panels = Checked(num_rows).align_up(kPanelRows);
-  const Checked bytes =
-      panels * Checked(num_cols / kBlockSize) * Checked(block_scale_bytes(format) + block_code_bytes(format));
+  const int64_t block_size = info(format).block_size;
+  if (num_cols < 0 || num_cols % block_size != 0)
+    check.fail("num_cols", "a multiple of " + std::to_string(block_size), std::to_string(num_cols));
+  const Checked panels = num_rows / kPanelRows + (num_rows % kPanelRows != 0);
+  const Checked bytes = panels * Checked(num_cols / block_size) * Checked(packed_block_bytes(format));
   return bytes.get_or<int64_t>([&] { check.fail("num_rows", "a size that fits memory", std::to_string(num_rows)); });
 }
 
@@ -98,6 +109,7 @@ BlockWeights read_block_weights(const Check& check, const Tensor& packed, const 
 }
 
 void bind_block_weights(py::module_& m) {
+  m.def("block_formats", block_formats);
   m.def("block_weights_packed_bytes", packed_bytes, py::arg("block_format"), py::arg("num_rows"), py::arg("num_cols"));
   m.def("block_weights_pack", pack, py::arg("block_format"), py::arg("raw"), py::arg("row_order"), py::arg("packed"));
   m.def("block_weights_unpack", unpack, py::arg("block_format"), py::arg("packed"), py::arg("out"));

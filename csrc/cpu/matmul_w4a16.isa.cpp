@@ -18,7 +18,6 @@ constexpr int kTileRows = kWide ? 12 : 6, kTilePanels = kWide ? 2 : 1;
 constexpr int64_t kDirectRows = kWide ? 4 : 2;
 // Running totals of a row block and two panels take 12 KB of L1.
 constexpr int64_t kRowBlock = 96;
-constexpr int kHalf = kBlockSize / 2;
 
 struct Rows {
   const float* x;
@@ -36,98 +35,73 @@ Rows prepared_rows(const MatmulW4A16& a) {
 
 // --- one group of weights -------------------------------------------------------------------------------------------
 
-// Consecutive codes, as floats.
-template <int count>
-struct CodeRun {
-  PanelF code[count];
-};
+template <int num_rows, int num_panels>
+using Sums = PanelF[num_rows][num_panels];
 
-// The codes k ... k + 3, which are one vector of words. Half 0 of a group is its k below 16, half 1 the others.
-template <BlockFormat format, int half>
-[[gnu::always_inline]] inline CodeRun<4> decode(const uint8_t* group, int k) {
-  if constexpr (format == BlockFormat::q8_0) {
-    const Codes codes = load_codes(group + k * kPanelRows);
-    return {{byte<0>(codes), byte<1>(codes), byte<2>(codes), byte<3>(codes)}};
-  } else {
-    const Codes codes = load_codes(group + (k - kHalf * half) * kPanelRows);
-    return {{nibble<half>(codes), nibble<half + 2>(codes), nibble<half + 4>(codes), nibble<half + 6>(codes)}};
+template <int num_rows, int num_panels>
+[[gnu::always_inline]] inline void clear(Sums<num_rows, num_panels>& s) {
+  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) s[r][p] = panel_set1(0.0f);
   }
 }
 
-template <BlockFormat format>
-struct PackedGroup {
-  const uint8_t* first;  // of the first panel
-  int64_t panel_stride;
-  static constexpr int kRun = 4;
-  template <int half>
-  [[gnu::always_inline]] CodeRun<kRun> codes(int panel, int k) const {
-    return decode<format, half>(first + panel * panel_stride, k);
-  }
-};
-
-struct DecodedGroup {
-  const float* first;             // [panel][k][16]
-  static constexpr int kRun = 1;  // no more: the sums need the registers
-  template <int half>
-  [[gnu::always_inline]] CodeRun<kRun> codes(int panel, int k) const {
-    return {{panel_load(first + (panel * kBlockSize + k) * kPanelRows)}};
-  }
-};
-
 // The only place where codes meet activations: k ascending, whatever the number of rows and panels.
-template <int half, int num_rows, int num_panels, class Group>
-[[gnu::always_inline]] inline void add_half(const Group& group, const float* x, int64_t x_row_stride,
-                                            PanelF (&s)[num_rows][num_panels]) {
-  for (int k = kHalf * half; k < kHalf * (half + 1); k += Group::kRun) {
-    CodeRun<Group::kRun> run[num_panels];
-    PE_UNROLL for (int p = 0; p < num_panels; ++p) run[p] = group.template codes<half>(p, k);
-    PE_UNROLL for (int i = 0; i < Group::kRun; ++i) {
-      PE_UNROLL for (int r = 0; r < num_rows; ++r) {
-        const PanelF value = panel_set1(x[r * x_row_stride + k + i]);
-        PE_UNROLL for (int p = 0; p < num_panels; ++p) s[r][p] = fma(run[p].code[i], value, s[r][p]);
-      }
+template <int count, int num_rows, int num_panels>
+[[gnu::always_inline]] inline void add_run(const CodeRun<count> (&run)[num_panels], const float* x,
+                                           int64_t x_row_stride, Sums<num_rows, num_panels>& s) {
+  PE_UNROLL for (int i = 0; i < count; ++i) {
+    PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+      const PanelF value = panel_set1(x[r * x_row_stride + i]);
+      PE_UNROLL for (int p = 0; p < num_panels; ++p) s[r][p] = fma(run[p].code[i], value, s[r][p]);
     }
   }
 }
 
-template <int num_rows, int num_panels, class Group>
-[[gnu::always_inline]] inline void dot_group(const Group& group, const float* x, int64_t x_row_stride,
-                                             PanelF (&s)[num_rows][num_panels]) {
-  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
-    PE_UNROLL for (int p = 0; p < num_panels; ++p) s[r][p] = panel_set1(0.0f);
-  }
-  add_half<0>(group, x, x_row_stride, s);
-  add_half<1>(group, x, x_row_stride, s);
-}
-
 // --- few rows: weights go from the stream to the sums ---------------------------------------------------------------
+
+// The sums of scale group `part`.
+template <BlockFormat format, int part, int num_rows, int num_panels>
+[[gnu::always_inline]] inline void dot_packed(const uint8_t* group, int64_t panel_stride, const float* x,
+                                              int64_t x_row_stride, Sums<num_rows, num_panels>& s) {
+  constexpr int quads = info(format).scale_group / 4;
+  clear<num_rows, num_panels>(s);
+  unroll<quads>([&](auto j) PE_INLINE {
+    constexpr int i = part * quads + decltype(j){};
+    CodeRun<4> run[num_panels];
+    PE_UNROLL for (int p = 0; p < num_panels; ++p) run[p] = code_run<format, i>(group + p * panel_stride);
+    add_run<4, num_rows, num_panels>(run, x + 4 * i, x_row_stride, s);
+  });
+}
 
 template <BlockFormat format, int num_rows, int num_panels>
 void stream_panels(const MatmulW4A16& a, int64_t row, int64_t panel) {
   constexpr int64_t group_bytes = packed_group_bytes(format);
   constexpr int64_t ahead = (kPrefetchBytes + num_panels * group_bytes - 1) / (num_panels * group_bytes);
+  constexpr int parts = scale_groups(format);
   const Rows rows = prepared_rows(a);
-  const int64_t num_groups = rows.num_groups, panel_stride = num_groups * group_bytes;
-  const uint8_t* group = a.weight.packed + panel * panel_stride;
+  const int64_t num_groups = rows.num_groups, panel_stride = panel_bytes(format, a.weight.num_cols);
+  const uint8_t* packed = a.weight.packed + panel * panel_stride;
   const float* x = rows.x + row * rows.x_row_stride;
-  PanelF total[num_rows][num_panels];
-  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
-    PE_UNROLL for (int p = 0; p < num_panels; ++p) total[r][p] = panel_set1(0.0f);
-  }
-  for (int64_t g = 0; g < num_groups; ++g, group += group_bytes, x += kBlockSize) {
+  Sums<num_rows, num_panels> total;
+  clear<num_rows, num_panels>(total);
+  for (int64_t g = 0; g < num_groups; ++g, x += kBlockSize) {
+    const uint8_t* group = packed + group_offset(format, g);
     // Past the last group of a panel come the groups of the panel that takes its place.
     const int64_t skip = g + ahead < num_groups ? 0 : (num_panels - 1) * panel_stride;
     PE_UNROLL for (int p = 0; p < num_panels; ++p) {
-      prefetch<group_bytes>(group + p * panel_stride + ahead * group_bytes + skip);
+      prefetch_group<format>(packed + p * panel_stride, g, ahead * group_bytes + skip);
     }
-    PanelF s[num_rows][num_panels];
-    dot_group(PackedGroup<format>{group, panel_stride}, x, rows.x_row_stride, s);
-    PE_UNROLL for (int p = 0; p < num_panels; ++p) {
-      const W4A16Scales scales = load_w4a16_scales<format>(group + p * panel_stride);
-      PE_UNROLL for (int r = 0; r < num_rows; ++r) {
-        total[r][p] = add_w4a16_group<format>(scales, s[r][p], rows.sum_x, row + r, g, total[r][p]);
+    unroll<parts>([&](auto part) PE_INLINE {
+      Sums<num_rows, num_panels> s;
+      dot_packed<format, part, num_rows, num_panels>(group, panel_stride, x, rows.x_row_stride, s);
+      PE_UNROLL for (int p = 0; p < num_panels; ++p) {
+        const W4A16Scales scales = load_w4a16_scales<format>(packed + p * panel_stride, g, part);
+        PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+          total[r][p] =
+              add_w4a16_group<has_min(format)>(scales, s[r][p], rows.sum_x, row + r, g * parts + part, total[r][p]);
+        }
       }
-    }
+    });
   }
   PE_UNROLL for (int r = 0; r < num_rows; ++r) {
     PE_UNROLL for (int p = 0; p < num_panels; ++p) { store_panel(a, row + r, panel + p, total[r][p]); }
@@ -147,55 +121,65 @@ void stream_rows(const MatmulW4A16& a, int64_t row, int64_t panel_begin, int64_t
 struct BlockBuffers {
   alignas(64) float codes[kTilePanels][kBlockSize][kPanelRows];
   alignas(64) float total[kRowBlock][kTilePanels][kPanelRows];
+  W4A16Scales scales[kGroupHalves][kTilePanels];
 };
 
-template <BlockFormat format, int half>
-[[gnu::always_inline]] inline void decode_half(const uint8_t* group, float (&codes)[kBlockSize][kPanelRows]) {
-  for (int k = kHalf * half; k < kHalf * (half + 1); k += 4) {
-    const CodeRun<4> run = decode<format, half>(group, k);
-    PE_UNROLL for (int i = 0; i < 4; ++i) panel_store(codes[k + i], run.code[i]);
-  }
+template <BlockFormat format>
+[[gnu::always_inline]] inline void decode_group(const uint8_t* group, float (&codes)[kBlockSize][kPanelRows]) {
+  unroll<kGroupQuads>([&](auto j) PE_INLINE {
+    const CodeRun<4> run = code_run<format, j>(group);
+    PE_UNROLL for (int i = 0; i < 4; ++i) panel_store(codes[4 * j + i], run.code[i]);
+  });
 }
 
-template <BlockFormat format, int num_rows, int num_panels>
-void block_rows(const BlockBuffers& in, const W4A16Scales* scales, const Rows& rows, int64_t row, int64_t group,
+// Rows `row` ... of `total` with a decoded group added, which is all that is left of the format.
+template <bool has_min, int parts, int num_rows, int num_panels>
+void block_rows(const BlockBuffers& in, const Rows& rows, int64_t row, int64_t group,
                 float (*total)[kTilePanels][kPanelRows]) {
-  PanelF s[num_rows][num_panels];
-  dot_group(DecodedGroup{in.codes[0][0]}, rows.x + row * rows.x_row_stride + group * kBlockSize, rows.x_row_stride, s);
-  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
-    PE_UNROLL for (int p = 0; p < num_panels; ++p) {
-      panel_store(total[r][p],
-                  add_w4a16_group<format>(scales[p], s[r][p], rows.sum_x, row + r, group, panel_load(total[r][p])));
+  const float* x = rows.x + row * rows.x_row_stride + group * kBlockSize;
+  Sums<num_rows, num_panels> s;
+  unroll<kGroupHalves>([&](auto half) PE_INLINE {
+    constexpr int part = half * parts / kGroupHalves, size = static_cast<int>(kBlockSize) / kGroupHalves;
+    if constexpr (parts == kGroupHalves || half == 0) clear<num_rows, num_panels>(s);
+    for (int k = half * size; k < (half + 1) * size; ++k) {
+      CodeRun<1> run[num_panels];
+      PE_UNROLL for (int p = 0; p < num_panels; ++p) run[p].code[0] = panel_load(in.codes[p][k]);
+      add_run<1, num_rows, num_panels>(run, x + k, rows.x_row_stride, s);
     }
-  }
+    if constexpr (parts == 1 && half == 0) return;
+    PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+      PE_UNROLL for (int p = 0; p < num_panels; ++p) {
+        panel_store(total[r][p], add_w4a16_group<has_min>(in.scales[part][p], s[r][p], rows.sum_x, row + r,
+                                                          group * parts + part, panel_load(total[r][p])));
+      }
+    }
+  });
 }
 
 template <BlockFormat format, int num_panels>
 void block_panels(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64_t panel) {
-  constexpr int64_t group_bytes = packed_group_bytes(format);
+  constexpr int parts = scale_groups(format);
+  constexpr bool min = has_min(format);
   const Rows rows = prepared_rows(a);
-  const int64_t num_groups = rows.num_groups, panel_stride = num_groups * group_bytes;
-  const uint8_t* packed = a.weight.packed + panel * panel_stride;
+  const int64_t num_groups = rows.num_groups, panel_stride = panel_bytes(format, a.weight.num_cols);
   BlockBuffers buffers;
   for (int64_t r = 0; r < row_end - row_begin; ++r)
     for (int p = 0; p < num_panels; ++p) panel_store(buffers.total[r][p], panel_set1(0.0f));
 
-  for (int64_t g = 0; g < num_groups; ++g, packed += group_bytes) {
-    W4A16Scales scales[num_panels];
+  for (int64_t g = 0; g < num_groups; ++g) {
     PE_UNROLL for (int p = 0; p < num_panels; ++p) {
-      const uint8_t* group = packed + p * panel_stride;
-      prefetch<group_bytes>(group + kPrefetchBytes / num_panels);
-      scales[p] = load_w4a16_scales<format>(group);
-      decode_half<format, 0>(group, buffers.codes[p]);
-      decode_half<format, 1>(group, buffers.codes[p]);
+      const uint8_t* packed = a.weight.packed + (panel + p) * panel_stride;
+      prefetch_group<format>(packed, g, kPrefetchBytes / num_panels);
+      unroll<parts>([&](auto part) PE_INLINE { buffers.scales[part][p] = load_w4a16_scales<format>(packed, g, part); });
+      decode_group<format>(packed + group_offset(format, g), buffers.codes[p]);
     }
     int64_t row = row_begin;
     const auto total = [&] { return buffers.total + (row - row_begin); };
     for (; row + kTileRows <= row_end; row += kTileRows)
-      block_rows<format, kTileRows, num_panels>(buffers, scales, rows, row, g, total());
+      block_rows<min, parts, kTileRows, num_panels>(buffers, rows, row, g, total());
     for (; row + kTileRows / 3 <= row_end; row += kTileRows / 3)
-      block_rows<format, kTileRows / 3, num_panels>(buffers, scales, rows, row, g, total());
-    for (; row < row_end; ++row) block_rows<format, 1, num_panels>(buffers, scales, rows, row, g, total());
+      block_rows<min, parts, kTileRows / 3, num_panels>(buffers, rows, row, g, total());
+    for (; row < row_end; ++row) block_rows<min, parts, 1, num_panels>(buffers, rows, row, g, total());
   }
   for (int64_t r = row_begin; r < row_end; ++r)
     for (int p = 0; p < num_panels; ++p) store_panel(a, r, panel + p, panel_load(buffers.total[r - row_begin][p]));
@@ -223,14 +207,8 @@ void tile_format(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64
 }
 
 void tile(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
-  switch (a.weight.format) {
-    case BlockFormat::q4_0:
-      return tile_format<BlockFormat::q4_0>(a, row_begin, row_end, panel_begin, panel_end);
-    case BlockFormat::q4_1:
-      return tile_format<BlockFormat::q4_1>(a, row_begin, row_end, panel_begin, panel_end);
-    case BlockFormat::q8_0:
-      return tile_format<BlockFormat::q8_0>(a, row_begin, row_end, panel_begin, panel_end);
-  }
+  with_format(a.weight.format,
+              [&](auto format) { tile_format<format.value>(a, row_begin, row_end, panel_begin, panel_end); });
 }
 
 // The row's x in f32, rounded where it is to be.
@@ -251,7 +229,7 @@ void prepare(const MatmulW4A16& a, int64_t row_begin, int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     const float* x = rows.x + row * rows.x_row_stride;
     if (a.x_is_bf16()) copy_row(a, row, a.workspace + row * a.weight.num_cols);
-    if (a.weight.format == BlockFormat::q4_1) store_group_sums(rows.sum_x, row, x);
+    if (has_min(a.weight.format)) store_group_sums(a, row, x);
   }
 }
 

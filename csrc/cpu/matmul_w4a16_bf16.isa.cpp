@@ -1,5 +1,6 @@
 // ISA: avx512_bf16
 #include "pe/matmul_w4a16.h"
+#include "simd/bf16_codes.h"
 #include "simd/panel_store.h"
 #include "simd/unroll.h"
 #include "simd/w4a16_group.h"
@@ -30,42 +31,24 @@ bf16* paired_row(const MatmulW4A16& a, int64_t row) {
 
 // --- codes ----------------------------------------------------------------------------------------------------------
 
-// q - 8 in bf16 for every q; a second time, so that an index of five bits may hold one bit more than q.
-__m512i bf16_of_nibbles() {
-  alignas(64) static constexpr uint16_t kTable[32] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-                                                      0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-                                                      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-                                                      0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-  return _mm512_load_si512(kTable);
-}
-
-// Byte i (0 or 1) of each lane, less 128, in f32: in the fraction of 2^(23 - 8 i) its bits weigh 1, 2, ... 128.
-template <int i>
-__m512i low_byte(__m512i codes) {
-  constexpr float kBase = 1 << (23 - 8 * i);
-  const __m512i fraction = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi32(255 << (8 * i)),
-                                                     _mm512_castps_si512(_mm512_set1_ps(kBase)), 0xea);
-  return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(fraction), _mm512_set1_ps(kBase + 128.0f)));
-}
-
-// Small integers have nothing in the lower half of their f32.
-__m512i pair(__m512i first, __m512i second) { return _mm512_or_si512(_mm512_srli_epi32(first, 16), second); }
-
 // The pairs of one half of a group, for the 16 rows of the panel: bf16 codes k and k + 2 in a lane.
 template <BlockFormat format, int half>
 [[gnu::always_inline]] inline void decode_half(const uint8_t* group, __m512i (&pairs)[kPairs]) {
-  PE_UNROLL for (int j = 0; j < kPairs / 2; ++j) {
-    if constexpr (format == BlockFormat::q8_0) {
-      const __m512i codes = load_codes(group + (half * 4 + j) * 64), high = _mm512_srli_epi32(codes, 16);
-      pairs[2 * j] = pair(low_byte<0>(codes), low_byte<0>(high));
-      pairs[2 * j + 1] = pair(low_byte<1>(codes), low_byte<1>(high));
+  unroll<kPairs / 2>([&](auto j) PE_INLINE {
+    if constexpr (stored_bits(format) == 8) {
+      const CodeRun<4> run = code_run<format, half * 4 + j>(group);
+      pairs[2 * j] = bf16_pair(run.code[0], run.code[2]);
+      pairs[2 * j + 1] = bf16_pair(run.code[1], run.code[3]);
+    } else if constexpr (stored_bits(format) == 4) {
+      const Codes codes = load_codes(group + j * 64);
+      pairs[2 * j] = bf16_of_words<format>(half ? _mm512_srli_epi16(codes, 4) : codes);
+      pairs[2 * j + 1] = bf16_of_words<format>(_mm512_srli_epi16(codes, 8 + 4 * half));
     } else {
-      const __m512i codes = load_codes(group + j * 64), table = bf16_of_nibbles();
-      const __m512i even = half ? _mm512_srli_epi16(codes, 4) : codes;
-      pairs[2 * j] = _mm512_permutexvar_epi16(even, table);
-      pairs[2 * j + 1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8 + 4 * half), table);
+      const Codes codes = quad<format, half * 4 + j>(group);
+      pairs[2 * j] = bf16_of_words<format>(codes);
+      pairs[2 * j + 1] = bf16_of_words<format>(_mm512_srli_epi16(codes, 8));
     }
-  }
+  });
 }
 
 struct GroupCodes {
@@ -88,10 +71,10 @@ template <BlockFormat format>
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(codes), reinterpret_cast<__m512bh>(_mm512_set1_epi32(both)));
 }
 
-// s[r]: the group in work of rows x, x + x_row_stride, ...: the only place where codes meet activations.
-template <int num_rows>
+// s[r][part]: scale group `part` of rows x, x + x_row_stride, ...: the only place where codes meet activations.
+template <int num_rows, int parts>
 [[gnu::always_inline]] inline void dot_group(const GroupCodes& codes, const bf16* x, int64_t x_row_stride,
-                                             PanelF (&s)[num_rows]) {
+                                             PanelF (&s)[num_rows][parts]) {
   __m512 sum[num_rows][2];
   PE_UNROLL for (int r = 0; r < num_rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   PE_UNROLL for (int i = 0; i < kPairs; ++i) {
@@ -101,24 +84,49 @@ template <int num_rows>
       }
     }
   }
-  PE_UNROLL for (int r = 0; r < num_rows; ++r) s[r].part[0].v = _mm512_add_ps(sum[r][0], sum[r][1]);
+  PE_UNROLL for (int r = 0; r < num_rows; ++r) {
+    if constexpr (parts == 1) {
+      s[r][0].part[0].v = _mm512_add_ps(sum[r][0], sum[r][1]);
+    } else {
+      s[r][0].part[0].v = sum[r][0];
+      s[r][1].part[0].v = sum[r][1];
+    }
+  }
 }
+
+template <BlockFormat format>
+struct PanelGroup {
+  static constexpr int kParts = scale_groups(format);
+  GroupCodes codes;
+  W4A16Scales scales[kParts];
+
+  [[gnu::always_inline]] PanelGroup(const uint8_t* panel, int64_t g)
+      : codes(decode<format>(panel + group_offset(format, g))) {
+    unroll<kParts>([&](auto part) PE_INLINE { scales[part] = load_w4a16_scales<format>(panel, g, part); });
+  }
+  [[gnu::always_inline]] PanelF add(const PanelF (&s)[kParts], const GroupSums& sum_x, int64_t row, int64_t g,
+                                    PanelF total) const {
+    unroll<kParts>([&](auto part) PE_INLINE {
+      total = add_w4a16_group<has_min(format)>(scales[part], s[part], sum_x, row, g * kParts + part, total);
+    });
+    return total;
+  }
+};
 
 // --- one row: weights go from the stream to the sums, one panel at a time -------------------------------------------
 
 template <BlockFormat format>
 void stream_panel(const MatmulW4A16& a, int64_t row, int64_t panel) {
-  constexpr int64_t group_bytes = packed_group_bytes(format);
-  const int64_t num_groups = a.weight.num_cols / kBlockSize;
   const GroupSums sum_x = group_sums(a);
-  const uint8_t* group = a.weight.packed + panel * num_groups * group_bytes;
+  const uint8_t* packed = a.weight.packed + panel * panel_bytes(format, a.weight.num_cols);
   const bf16* x = paired_row(a, row);
   PanelF total = panel_set1(0.0f);
-  for (int64_t g = 0; g < num_groups; ++g, group += group_bytes, x += kBlockSize) {
-    prefetch<group_bytes>(group + kPrefetchBytes);
-    PanelF s[1];
-    dot_group(decode<format>(group), x, 0, s);
-    total = add_w4a16_group<format>(load_w4a16_scales<format>(group), s[0], sum_x, row, g, total);
+  for (int64_t g = 0; g < a.weight.num_cols / kBlockSize; ++g, x += kBlockSize) {
+    prefetch_group<format>(packed, g, kPrefetchBytes);
+    const PanelGroup<format> group(packed, g);
+    PanelF s[1][scale_groups(format)];
+    dot_group(group.codes, x, 0, s);
+    total = group.add(s[0], sum_x, row, g, total);
   }
   store_panel(a, row, panel, total);
 }
@@ -127,28 +135,26 @@ void stream_panel(const MatmulW4A16& a, int64_t row, int64_t panel) {
 
 template <BlockFormat format>
 void block_panel(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64_t panel) {
-  constexpr int64_t group_bytes = packed_group_bytes(format);
-  const int64_t num_groups = a.weight.num_cols / kBlockSize, x_row_stride = a.weight.num_cols;
+  const int64_t num_cols = a.weight.num_cols;
   const GroupSums sum_x = group_sums(a);
-  const uint8_t* group = a.weight.packed + panel * num_groups * group_bytes;
+  const uint8_t* packed = a.weight.packed + panel * panel_bytes(format, num_cols);
   alignas(64) float totals[kRowBlock][kPanelRows];
   for (int64_t r = 0; r < row_end - row_begin; ++r) panel_store(totals[r], panel_set1(0.0f));
 
-  for (int64_t g = 0; g < num_groups; ++g, group += group_bytes) {
-    prefetch<group_bytes>(group + kPrefetchBytes);
-    const GroupCodes codes = decode<format>(group);
-    const W4A16Scales scales = load_w4a16_scales<format>(group);
+  for (int64_t g = 0; g < num_cols / kBlockSize; ++g) {
+    prefetch_group<format>(packed, g, kPrefetchBytes);
+    const PanelGroup<format> group(packed, g);
     const bf16* x = paired_row(a, row_begin) + g * kBlockSize;
     int64_t row = row_begin;
     const auto add_rows = [&]<int num_rows>(Index<num_rows>) PE_INLINE {
-      PanelF s[num_rows];
-      dot_group(codes, x, x_row_stride, s);
+      PanelF s[num_rows][scale_groups(format)];
+      dot_group(group.codes, x, num_cols, s);
       PE_UNROLL for (int r = 0; r < num_rows; ++r) {
         float* total = totals[row - row_begin + r];
-        panel_store(total, add_w4a16_group<format>(scales, s[r], sum_x, row + r, g, panel_load(total)));
+        panel_store(total, group.add(s[r], sum_x, row + r, g, panel_load(total)));
       }
       row += num_rows;
-      x += num_rows * x_row_stride;
+      x += num_rows * num_cols;
     };
     while (row + kTileRows <= row_end) add_rows(Index<kTileRows>{});
     while (row < row_end) add_rows(Index<1>{});
@@ -168,14 +174,8 @@ void tile_format(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64
 // x in bf16 takes the pairs for any number of rows, so that a row has the same bits in every batch.
 void tile(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
   if (!a.x_is_bf16()) return avx512::matmul_w4a16.tile(a, row_begin, row_end, panel_begin, panel_end);
-  switch (a.weight.format) {
-    case BlockFormat::q4_0:
-      return tile_format<BlockFormat::q4_0>(a, row_begin, row_end, panel_begin, panel_end);
-    case BlockFormat::q4_1:
-      return tile_format<BlockFormat::q4_1>(a, row_begin, row_end, panel_begin, panel_end);
-    case BlockFormat::q8_0:
-      return tile_format<BlockFormat::q8_0>(a, row_begin, row_end, panel_begin, panel_end);
-  }
+  with_format(a.weight.format,
+              [&](auto format) { tile_format<format.value>(a, row_begin, row_end, panel_begin, panel_end); });
 }
 
 // Pairs take half of the workspace that a copy in f32 would.
@@ -185,7 +185,7 @@ void prepare(const MatmulW4A16& a, int64_t row_begin, int64_t row_end) {
     for (int64_t row = row_begin; row < row_end; ++row) {
       bf16* paired = paired_row(a, row);
       for (int64_t k = 0; k < a.weight.num_cols; k += VecF::size) store(paired + k, load(x + row * a.x_row_stride + k));
-      if (a.weight.format == BlockFormat::q4_1) store_group_sums(group_sums(a), row, paired);
+      if (has_min(a.weight.format)) store_group_sums(a, row, paired);
       for (int64_t k = 0; k < a.weight.num_cols; k += kBlockSize)
         _mm512_storeu_si512(paired + k, pair_up(_mm512_loadu_si512(paired + k)));
     }

@@ -22,7 +22,7 @@ constexpr int64_t kRowBlock = 96;
 // --- activations ----------------------------------------------------------------------------------------------------
 
 // Rounds one group; bits of magnitudes order like the magnitudes, with infinities and NaNs on top.
-void quantize_group(const float* x, int8_t* values, float* scale, int32_t* sum) {
+void quantize_group(const float* x, int8_t* values, float* scale, int32_t* sum, int32_t* first_sum) {
   constexpr uint32_t kInfinity = 0x7f800000u;
   uint32_t bits[kBlockSize], largest = 0;
   memcpy(bits, x, sizeof bits);
@@ -36,13 +36,15 @@ void quantize_group(const float* x, int8_t* values, float* scale, int32_t* sum) 
   if (!finite || max_abs < 0x1p-100f) {
     memset(values, 0, kBlockSize);
     *scale = finite ? 0.0f : NAN;
-    *sum = 0;
+    *sum = *first_sum = 0;
     return;
   }
   const float inverse = 127.0f / max_abs;
   int32_t rounded[kBlockSize], total = 0;
   for (int k = 0; k < kBlockSize; ++k) rounded[k] = static_cast<int32_t>(rintf(x[k] * inverse));
-  for (int k = 0; k < kBlockSize; ++k) total += rounded[k];
+  for (int k = 0; k < kBlockSize / 2; ++k) total += rounded[k];
+  *first_sum = total;
+  for (int k = kBlockSize / 2; k < kBlockSize; ++k) total += rounded[k];
   for (int k = 0; k < kBlockSize; ++k) values[k] = static_cast<int8_t>(rounded[k]);
   *scale = max_abs / 127.0f;
   *sum = total;
@@ -58,7 +60,7 @@ void quantize(const MatmulW4A8& a, int64_t row_begin, int64_t row_end) {
       alignas(64) float group[kBlockSize];
       for (int64_t k = 0; k < kBlockSize; k += VecF::size) store(group + k, load(x + g * kBlockSize + k));
       quantize_group(group, const_cast<int8_t*>(q.values) + g * kBlockSize, const_cast<float*>(q.scales) + g,
-                     const_cast<int32_t*>(q.sums) + g);
+                     const_cast<int32_t*>(q.sums) + g, const_cast<int32_t*>(q.first_sums) + g);
     }
   }
 }
@@ -72,34 +74,41 @@ void quantize_rows(const MatmulW4A8& a, int64_t row_begin, int64_t row_end) {
 template <BlockFormat format>
 struct PanelGroup {
   DotCodes<format> codes;
-  W4A8Scales scales;
+  W4A8Scales scales[scale_groups(format)];
 };
 
 template <BlockFormat format>
-[[gnu::always_inline]] inline PanelGroup<format> load_group(const uint8_t* group) {
-  return {load_dot_codes<format>(group), load_w4a8_scales<format>(group)};
+[[gnu::always_inline]] inline PanelGroup<format> load_group(const uint8_t* panel, int64_t g) {
+  PanelGroup<format> group;
+  group.codes = load_dot_codes<format>(panel + group_offset(format, g));
+  unroll<scale_groups(format)>([&](auto part)
+                                   PE_INLINE { group.scales[part] = load_group_scales<format>(panel, g, part); });
+  return group;
 }
 
 // total + the contribution of group g: the only place where codes meet activations.
 template <BlockFormat format>
 [[gnu::always_inline]] inline PanelF add_group(const PanelGroup<format>& group, const QuantizedRow& x, int64_t g,
-                                               const PanelF& total) {
-  const PanelI i = dot(group.codes, x.values + g * kBlockSize, panel_int(-zero_code(format) * x.sums[g]));
-  return add_w4a8_group<format>(group.scales, i, x, g, total);
+                                               PanelF total) {
+  constexpr int parts = scale_groups(format);
+  unroll<parts>([&](auto part) PE_INLINE {
+    const int32_t sum = x.sum<parts>(g, part);
+    const PanelI i = dot<part>(group.codes, x.values + g * kBlockSize, panel_int(-zero_code(format) * sum));
+    total = add_w4a8_group<has_min(format)>(group.scales[part], i, x.scales[g], sum, total);
+  });
+  return total;
 }
 
 // --- one row: weights go from the stream to the dot product; one panel at a time keeps that a single stream ---------
 
 template <BlockFormat format>
 void stream_panel(const MatmulW4A8& a, int64_t row, int64_t panel) {
-  constexpr int64_t group_bytes = packed_group_bytes(format);
-  const int64_t num_groups = a.weight.num_cols / kBlockSize;
-  const uint8_t* group = a.weight.packed + panel * num_groups * group_bytes;
+  const uint8_t* packed = a.weight.packed + panel * panel_bytes(format, a.weight.num_cols);
   const QuantizedRow x = quantized_row(a, row);
   PanelF total = panel_set1(0.0f);
-  for (int64_t g = 0; g < num_groups; ++g, group += group_bytes) {
-    prefetch<group_bytes>(group + kPrefetchBytes);
-    total = add_group(load_group<format>(group), x, g, total);
+  for (int64_t g = 0; g < a.weight.num_cols / kBlockSize; ++g) {
+    prefetch_group<format>(packed, g, kPrefetchBytes);
+    total = add_group(load_group<format>(packed, g), x, g, total);
   }
   store_panel(a, row, panel, total);
 }
@@ -108,19 +117,18 @@ void stream_panel(const MatmulW4A8& a, int64_t row, int64_t panel) {
 
 template <BlockFormat format, int num_panels>
 void block_panels(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64_t panel) {
-  constexpr int64_t group_bytes = packed_group_bytes(format);
-  const int64_t num_groups = a.weight.num_cols / kBlockSize, panel_stride = num_groups * group_bytes;
-  const int64_t num_rows = row_end - row_begin, x_row_bytes = quantized_row_bytes(a.weight.num_cols);
+  const int64_t num_cols = a.weight.num_cols, panel_stride = panel_bytes(format, num_cols);
+  const int64_t num_rows = row_end - row_begin, x_row_bytes = quantized_row_bytes(num_cols);
   const uint8_t* packed = a.weight.packed + panel * panel_stride;
   alignas(64) float totals[kRowBlock][num_panels][kPanelRows];
   for (int64_t r = 0; r < num_rows; ++r)
     for (int p = 0; p < num_panels; ++p) panel_store(totals[r][p], panel_set1(0.0f));
 
-  for (int64_t g = 0; g < num_groups; ++g, packed += group_bytes) {
+  for (int64_t g = 0; g < num_cols / kBlockSize; ++g) {
     PanelGroup<format> group[num_panels];
     PE_UNROLL for (int p = 0; p < num_panels; ++p) {
-      prefetch<group_bytes>(packed + p * panel_stride + kPrefetchBytes / num_panels);
-      group[p] = load_group<format>(packed + p * panel_stride);
+      prefetch_group<format>(packed + p * panel_stride, g, kPrefetchBytes / num_panels);
+      group[p] = load_group<format>(packed + p * panel_stride, g);
     }
     QuantizedRow x = quantized_row(a, row_begin);
     for (int64_t r = 0; r < num_rows; ++r) {
@@ -130,6 +138,7 @@ void block_panels(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64
       x.values += x_row_bytes;
       x.scales += x_row_bytes / static_cast<int64_t>(sizeof(float));
       x.sums += x_row_bytes / static_cast<int64_t>(sizeof(int32_t));
+      x.first_sums += x_row_bytes / static_cast<int64_t>(sizeof(int32_t));
     }
   }
   for (int64_t r = 0; r < num_rows; ++r)
@@ -152,14 +161,8 @@ void tile_format(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64_
 }
 
 void tile(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
-  switch (a.weight.format) {
-    case BlockFormat::q4_0:
-      return tile_format<BlockFormat::q4_0>(a, row_begin, row_end, panel_begin, panel_end);
-    case BlockFormat::q4_1:
-      return tile_format<BlockFormat::q4_1>(a, row_begin, row_end, panel_begin, panel_end);
-    case BlockFormat::q8_0:
-      return tile_format<BlockFormat::q8_0>(a, row_begin, row_end, panel_begin, panel_end);
-  }
+  with_format(a.weight.format,
+              [&](auto format) { tile_format<format.value>(a, row_begin, row_end, panel_begin, panel_end); });
 }
 
 }  // namespace

@@ -89,7 +89,9 @@ size_t workspace_bytes(const ModelConfig& c, int64_t max_tokens) {
   const int64_t widest =
       (std::max({c.hidden_size, c.q_size(), c.intermediate_size}) + kBlockSize - 1) / kBlockSize * kBlockSize;
   const int64_t rows = buffer_rows(max_tokens);
-  const int64_t floats = rows * (widest + widest / kBlockSize);
+  int64_t floats = rows * widest;  // of unpacked embeddings
+  for (int i = 0; i < kNumBlockFormats; ++i)
+    floats = std::max(floats, matmul_w4a16_workspace_floats(static_cast<BlockFormat>(i), true, rows, widest));
   return static_cast<size_t>(std::max(floats * 4, rows * quantized_row_bytes(widest)));
 }
 

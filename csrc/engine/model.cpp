@@ -10,7 +10,8 @@
 namespace pe {
 namespace {
 
-constexpr const char* kFormatNames[] = {"float32", "bfloat16", "q4_0", "q4_1", "q8_0"};
+constexpr int kNumDenseFormats = 2;
+constexpr const char* kDenseNames[kNumDenseFormats] = {"float32", "bfloat16"};
 
 int64_t act_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -63,22 +64,26 @@ std::array<LayerVector, 10> layer_vectors(const ModelConfig& c) {
 
 }  // namespace
 
-bool is_block_format(WeightFormat format) { return format != WeightFormat::f32 && format != WeightFormat::bf16; }
+bool is_block_format(WeightFormat format) { return static_cast<int>(format) >= kNumDenseFormats; }
 
 BlockFormat block_format(WeightFormat format) {
-  return format == WeightFormat::q4_0   ? BlockFormat::q4_0
-         : format == WeightFormat::q4_1 ? BlockFormat::q4_1
-                                        : BlockFormat::q8_0;
+  return static_cast<BlockFormat>(static_cast<int>(format) - kNumDenseFormats);
 }
 
 DType dense_dtype(WeightFormat format) { return format == WeightFormat::f32 ? DType::f32 : DType::bf16; }
 
-const char* weight_format_name(WeightFormat format) { return kFormatNames[static_cast<int>(format)]; }
+const char* weight_format_name(WeightFormat format) {
+  return is_block_format(format) ? info(block_format(format)).name : kDenseNames[static_cast<int>(format)];
+}
 
 WeightFormat parse_weight_format(const std::string& name) {
-  for (int i = 0; i < 5; ++i)
-    if (name == kFormatNames[i]) return static_cast<WeightFormat>(i);
-  throw ArgumentError("format: expected float32, bfloat16, q4_0, q4_1 or q8_0, got '" + name + "'");
+  std::string known;
+  for (int i = 0; i < kNumDenseFormats + kNumBlockFormats; ++i) {
+    const auto format = static_cast<WeightFormat>(i);
+    if (name == weight_format_name(format)) return format;
+    known += (i ? ", " : "") + std::string(weight_format_name(format));
+  }
+  throw ArgumentError("format: expected one of " + known + ", got '" + name + "'");
 }
 
 int64_t packed_weight_bytes(WeightFormat format, int64_t num_rows, int64_t num_cols) {
@@ -89,9 +94,9 @@ int64_t packed_weight_bytes(WeightFormat format, int64_t num_rows, int64_t num_c
                         std::to_string(num_cols));
   if (!is_block_format(format))
     return static_cast<int64_t>(matmul_packed_bytes(num_rows, num_cols, dense_dtype(format)));
-  if (num_cols % kBlockSize != 0)
-    throw ArgumentError("num_cols: expected a multiple of 32 for " + std::string(weight_format_name(format)) +
-                        ", got " + std::to_string(num_cols));
+  if (const int64_t block_size = info(block_format(format)).block_size; num_cols % block_size != 0)
+    throw ArgumentError("num_cols: expected a multiple of " + std::to_string(block_size) + " for " +
+                        std::string(weight_format_name(format)) + ", got " + std::to_string(num_cols));
   return block_weights_packed_bytes(block_format(format), num_rows, num_cols);
 }
 

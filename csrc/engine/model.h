@@ -12,7 +12,14 @@
 
 namespace pe {
 
-enum class WeightFormat : uint8_t { f32, bf16, q4_0, q4_1, q8_0 };
+// The dense formats, then every BlockFormat.
+enum class WeightFormat : uint8_t {
+  f32,
+  bf16,
+#define PE_NAME(name, ...) name,
+  PE_BLOCK_FORMATS(PE_NAME)
+#undef PE_NAME
+};
 
 const char* weight_format_name(WeightFormat format);
 WeightFormat parse_weight_format(const std::string& name);  // throws ArgumentError
@@ -58,7 +65,7 @@ struct ModelConfig {
   bool has_pre_norm, has_post_norm;  // before, and after, attention and MLP
   QkNorm qk_norm;
   GateActivation gate_activation;
-  DType act_dtype;        // f32 or bf16: of activations between kernels
+  DType act_dtype;             // f32 or bf16: of activations between kernels
   ProductInput product_input;  // of block formats
 
   int64_t q_size() const { return num_heads * head_dim; }

@@ -4,8 +4,10 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <optional>
 #include <string>
 
+#include "pe/gguf_block.h"
 #include "runtime/checked.h"
 #include "runtime/error.h"
 
@@ -24,65 +26,37 @@ constexpr std::array<GgmlType, 34> kTypes = {{
     {40, "NVFP4", 64, 36},    {41, "Q1_0", 128, 18},
 }};
 
-constexpr size_t kBlock = 32;  // elements of every block converted here
-
 uint16_t load_u16(const uint8_t* bytes) noexcept {
   uint16_t value = 0;
   std::memcpy(&value, bytes, sizeof(value));
   return value;
 }
 
-uint32_t load_u32(const uint8_t* bytes) noexcept {
-  uint32_t value = 0;
-  std::memcpy(&value, bytes, sizeof(value));
-  return value;
+// The format of a type whose name it has in lower case.
+std::optional<BlockFormat> block_format_of(const GgmlType& type) {
+  const auto equal = [](char upper, char lower) {
+    return (upper >= 'A' && upper <= 'Z' ? upper + 32 : upper) == lower;
+  };
+  for (int i = 0; i < kNumBlockFormats; ++i)
+    if (std::ranges::equal(type.name, std::string_view(kBlockFormats[i].name), equal))
+      return static_cast<BlockFormat>(i);
+  return std::nullopt;
 }
 
-// Calls block(input, output) for each block of kBlock elements.
-template <class Block>
-void for_each_block(std::span<const uint8_t> input, std::span<float> output, size_t block_bytes, Block block) {
+template <BlockFormat format>
+void dequantize(std::span<const uint8_t> input, std::span<float> output) {
+  constexpr BlockFormatInfo f = info(format);
   const uint8_t* in = input.data();
-  for (size_t i = 0; i < output.size(); i += kBlock, in += block_bytes) block(in, output.data() + i);
-}
-
-// 16 bytes hold 32 codes: the low halves are elements 0..15, the high halves 16..31. Bit i of `high_bits` is the fifth
-// bit of element i.
-template <class Decode>
-void decode_nibbles(const uint8_t* codes, uint32_t high_bits, float* output, Decode decode) {
-  for (uint32_t i = 0; i < kBlock / 2; ++i) {
-    const uint32_t low = (codes[i] & 15u) | (((high_bits >> i) & 1u) << 4);
-    const uint32_t high = (codes[i] >> 4) | (((high_bits >> (i + 16)) & 1u) << 4);
-    output[i] = decode(static_cast<int32_t>(low));
-    output[i + 16] = decode(static_cast<int32_t>(high));
+  GgufBlock block;
+  for (auto out = output.begin(); out != output.end(); out += f.block_size, in += f.gguf_block_bytes) {
+    read_gguf_block<format>(in, &block);
+    const float scale = f16_to_f32(block.d), min = f16_to_f32(block.m);
+    for (int k = 0; k < f.block_size; ++k) {
+      const int group = k / f.scale_group;
+      out[k] = block_weight<format>(scale * static_cast<float>(block.scales[group]),
+                                    min * static_cast<float>(block.mins[group]), block.codes[k]);
+    }
   }
-}
-
-void dequantize_q4_0(const uint8_t* in, float* out) {
-  const float scale = half_to_float(load_u16(in));
-  decode_nibbles(in + 2, 0, out, [=](int32_t code) { return scale * static_cast<float>(code - 8); });
-}
-
-void dequantize_q4_1(const uint8_t* in, float* out) {
-  const float scale = half_to_float(load_u16(in));
-  const float minimum = half_to_float(load_u16(in + 2));
-  decode_nibbles(in + 4, 0, out, [=](int32_t code) { return scale * static_cast<float>(code) + minimum; });
-}
-
-void dequantize_q5_0(const uint8_t* in, float* out) {
-  const float scale = half_to_float(load_u16(in));
-  decode_nibbles(in + 6, load_u32(in + 2), out, [=](int32_t code) { return scale * static_cast<float>(code - 16); });
-}
-
-void dequantize_q5_1(const uint8_t* in, float* out) {
-  const float scale = half_to_float(load_u16(in));
-  const float minimum = half_to_float(load_u16(in + 2));
-  decode_nibbles(in + 8, load_u32(in + 4), out,
-                 [=](int32_t code) { return scale * static_cast<float>(code) + minimum; });
-}
-
-void dequantize_q8_0(const uint8_t* in, float* out) {
-  const float scale = half_to_float(load_u16(in));
-  for (size_t i = 0; i < kBlock; ++i) out[i] = scale * static_cast<float>(static_cast<int8_t>(in[2 + i]));
 }
 
 }  // namespace
@@ -129,19 +103,12 @@ void dequantize_blocks(const GgmlType& type, std::span<const uint8_t> input, std
     for (size_t i = 0; i < output.size(); ++i) {
       output[i] = std::bit_cast<float>(uint32_t{load_u16(&input[2 * i])} << 16);
     }
-  } else if (type.name == "Q4_0") {
-    for_each_block(input, output, type.block_bytes, dequantize_q4_0);
-  } else if (type.name == "Q4_1") {
-    for_each_block(input, output, type.block_bytes, dequantize_q4_1);
-  } else if (type.name == "Q5_0") {
-    for_each_block(input, output, type.block_bytes, dequantize_q5_0);
-  } else if (type.name == "Q5_1") {
-    for_each_block(input, output, type.block_bytes, dequantize_q5_1);
-  } else if (type.name == "Q8_0") {
-    for_each_block(input, output, type.block_bytes, dequantize_q8_0);
+  } else if (const std::optional<BlockFormat> format = block_format_of(type)) {
+    with_format(*format, [&](auto known) { dequantize<known.value>(input, output); });
   } else {
-    throw BackendUnavailable("dequantisation of " + std::string(type.name) +
-                             ": expected F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0");
+    std::string known;
+    for (const BlockFormatInfo& f : kBlockFormats) known += std::string(", ") + f.name;
+    throw BackendUnavailable("dequantisation of " + std::string(type.name) + ": expected f32, f16, bf16" + known);
   }
 }
 

@@ -1,11 +1,12 @@
-// Exact integer dot products of one packed group of 32 codes, unsigned, with 32 activations in [-127, 127].
+// Exact integer dot products of the codes of one packed group, unsigned, with activations in [-127, 127].
 //
 //   DotCodes<format>              codes of a group as unsigned bytes, k in groups of four per lane
 //   load_dot_codes<format>(p)
-//   dot(codes, x, start)          start + sum_k code[k] * x[k] in every lane, as PanelI; nothing wraps or saturates
+//   dot<part>(codes, x, start)    start + sum_k code[k] * x[k] over scale group `part`, in every lane, as PanelI; x is
+//                                 that of the whole group. Nothing wraps or saturates
 //   panel_int(i) to_float(v)
 #pragma once
-#include "simd/panel.h"
+#include "simd/panel_codes.h"
 
 namespace pe::PE_ISA {
 
@@ -21,8 +22,6 @@ static inline int32_t load_word(const int8_t* x) {
 using PanelI = __m512i;
 static inline PanelI panel_int(int32_t i) { return _mm512_set1_epi32(i); }
 static inline PanelF to_float(PanelI v) { return {{{_mm512_cvtepi32_ps(v)}}}; }
-static inline Codes low_nibbles(Codes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-static inline Codes high_nibbles(Codes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
 
 #elif defined(__AVX2__)
 
@@ -32,13 +31,6 @@ struct PanelI {
 static inline PanelI panel_int(int32_t i) { return {{_mm256_set1_epi32(i), _mm256_set1_epi32(i)}}; }
 static inline PanelF to_float(const PanelI& v) {
   return {{{_mm256_cvtepi32_ps(v.part[0])}, {_mm256_cvtepi32_ps(v.part[1])}}};
-}
-static inline Codes low_nibbles(const Codes& v) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {{_mm256_and_si256(v.part[0], mask), _mm256_and_si256(v.part[1], mask)}};
-}
-static inline Codes high_nibbles(const Codes& v) {
-  return low_nibbles({{_mm256_srli_epi16(v.part[0], 4), _mm256_srli_epi16(v.part[1], 4)}});
 }
 
 #else
@@ -54,14 +46,6 @@ static inline PanelI panel_int(int32_t i) {
 static inline PanelF to_float(const PanelI& v) {
   return make_panel([&](int p) { return make([&](int j) { return static_cast<float>(v.lane[8 * p + j]); }); });
 }
-static inline Codes low_nibbles(Codes v) {
-  for (uint32_t& lane : v.lane) lane &= 0x0f0f0f0fu;
-  return v;
-}
-static inline Codes high_nibbles(Codes v) {
-  for (uint32_t& lane : v.lane) lane = lane >> 4 & 0x0f0f0f0fu;
-  return v;
-}
 
 #endif
 
@@ -70,21 +54,13 @@ static inline Codes high_nibbles(Codes v) {
 // Sums of four products go straight to 32 bits.
 template <BlockFormat format>
 struct DotCodes {
-  Codes quad[8];  // of k = 4i ... 4i + 3
+  Codes quad[kGroupQuads];
 };
 
 template <BlockFormat format>
 [[gnu::always_inline]] static inline DotCodes<format> load_dot_codes(const uint8_t* group) {
   DotCodes<format> codes;
-  if constexpr (format == BlockFormat::q8_0) {
-    PE_UNROLL for (int i = 0; i < 8; ++i) codes.quad[i] = load_codes(group + i * 64);
-  } else {
-    PE_UNROLL for (int i = 0; i < 4; ++i) {
-      const Codes both = load_codes(group + i * 64);
-      codes.quad[i] = low_nibbles(both);
-      codes.quad[4 + i] = high_nibbles(both);
-    }
-  }
+  unroll<kGroupQuads>([&](auto i) PE_INLINE { codes.quad[i] = quad<format, i>(group); });
   return codes;
 }
 
@@ -101,38 +77,37 @@ static inline PanelI dot_quad(const Codes& codes, int32_t word, PanelI acc) {
 }
 #endif
 
-template <BlockFormat format>
+template <int part, BlockFormat format>
 [[gnu::always_inline]] static inline PanelI dot(const DotCodes<format>& codes, const int8_t* x, PanelI start) {
-  PE_UNROLL for (int i = 0; i < 8; ++i) start = dot_quad(codes.quad[i], load_word(x + 4 * i), start);
+  constexpr int count = kGroupQuads / scale_groups(format), first = part * count;
+  PE_UNROLL for (int i = first; i < first + count; ++i) start = dot_quad(codes.quad[i], load_word(x + 4 * i), start);
   return start;
 }
 
 #else
 
-// Without VNNI pairs of products are summed in 16 bits: 8 pairs of at most 2 * 15 * 127 each stay below 2^15. Bytes are
-// two sets of four bits, so that they fit too: code = low + 16 * high.
+// Without VNNI pairs of products are summed in 16 bits, as many as stay below 2^15 whatever the codes. Bytes are two
+// sets of four bits, so that they fit too: code = low + 16 * high.
 template <BlockFormat format>
 struct DotCodes {
-  static constexpr int kSets = format == BlockFormat::q8_0 ? 2 : 1;
-  Codes quad[kSets][8];
+  static constexpr int kSets = code_bits(format) == 8 ? 2 : 1;
+  static constexpr int kSetBits = code_bits(format) / kSets;
+  static constexpr int kQuadsAtOnce = 32767 / (2 * 127 * ((1 << kSetBits) - 1));
+  Codes quad[kSets][kGroupQuads];
 };
 
 template <BlockFormat format>
 [[gnu::always_inline]] static inline DotCodes<format> load_dot_codes(const uint8_t* group) {
   DotCodes<format> codes;
-  if constexpr (format == BlockFormat::q8_0) {
-    PE_UNROLL for (int i = 0; i < 8; ++i) {
-      const Codes both = load_codes(group + i * 64);
-      codes.quad[0][i] = low_nibbles(both);
-      codes.quad[1][i] = high_nibbles(both);
+  unroll<kGroupQuads>([&](auto i) PE_INLINE {
+    const Codes q = quad<format, i>(group);
+    if constexpr (DotCodes<format>::kSets == 1) {
+      codes.quad[0][i] = q;
+    } else {
+      codes.quad[0][i] = field<0, 15>(q);
+      codes.quad[1][i] = field<4, 15>(q);
     }
-  } else {
-    PE_UNROLL for (int i = 0; i < 4; ++i) {
-      const Codes both = load_codes(group + i * 64);
-      codes.quad[0][i] = low_nibbles(both);
-      codes.quad[0][4 + i] = high_nibbles(both);
-    }
-  }
+  });
   return codes;
 }
 
@@ -158,12 +133,19 @@ static inline PanelI add_scaled(const Codes& pairs, int scale, const PanelI& acc
 }
 #endif
 
-template <BlockFormat format>
+template <int part, BlockFormat format>
 [[gnu::always_inline]] static inline PanelI dot(const DotCodes<format>& codes, const int8_t* x, PanelI start) {
-  PE_UNROLL for (int set = 0; set < DotCodes<format>::kSets; ++set) {
-    Codes pairs = zero_pairs();
-    PE_UNROLL for (int i = 0; i < 8; ++i) pairs = add_pairs(codes.quad[set][i], load_word(x + 4 * i), pairs);
-    start = add_scaled(pairs, set ? 16 : 1, start);
+  using Dot = DotCodes<format>;
+  constexpr int count = kGroupQuads / scale_groups(format), first = part * count;
+  constexpr int at_once = Dot::kQuadsAtOnce < count ? Dot::kQuadsAtOnce : count;
+  PE_UNROLL for (int set = 0; set < Dot::kSets; ++set) {
+    PE_UNROLL for (int run = first; run < first + count; run += at_once) {
+      Codes pairs = zero_pairs();
+      PE_UNROLL for (int i = run; i < run + at_once; ++i) {
+        pairs = add_pairs(codes.quad[set][i], load_word(x + 4 * i), pairs);
+      }
+      start = add_scaled(pairs, set ? 16 : 1, start);
+    }
   }
   return start;
 }

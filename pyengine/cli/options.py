@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Formats that weights can be converted to; read before anything native is imported.
+WEIGHT_FORMATS = [
+    "float32", "bfloat16", "q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl",
+]  # fmt: skip
+
 
 def engine_options(function: F) -> F:
     """--weights, --mode, --threads, --max-context: how `LLM` runs the model."""
@@ -22,7 +27,7 @@ def engine_options(function: F) -> F:
                 "--weights",
                 default="auto",
                 show_default=True,
-                type=click.Choice(["auto", "float32", "bfloat16", "q8_0", "q4_1", "q4_0"]),
+                type=click.Choice(["auto", *WEIGHT_FORMATS]),
                 help="Format of the weights in memory; auto keeps the file's.",
             ),
             click.option(

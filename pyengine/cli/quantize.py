@@ -10,24 +10,26 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pyengine.cli.options import WEIGHT_FORMATS
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 Progress = Callable[[str, int, int], None]
 
-FORMATS = ["q4_1", "q4_0", "q8_0", "bfloat16", "float32"]
-
 
 @click.command("quantize")
 @click.argument("model", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--weights", default="q4_1", show_default=True, type=click.Choice(FORMATS), help="Format of matrices.")
+@click.option(
+    "--weights", default="q4_1", show_default=True, type=click.Choice(WEIGHT_FORMATS), help="Format of matrices."
+)
 @click.option(
     "--embedding",
     default="q8_0",
     show_default=True,
-    type=click.Choice(FORMATS),
+    type=click.Choice(WEIGHT_FORMATS),
     help="Format of the embedding and the head.",
 )
 @click.option("--search", is_flag=True, help="Fit the scales of each block to its weights; about 80 times the work.")
@@ -80,7 +82,7 @@ def _calibrate(
     from pyengine.errors import ArgumentError, BackendUnavailable
     from pyengine.infer.source import open_source
 
-    if not weights.startswith("q"):
+    if weights not in ("q4_1", "q4_0", "q8_0"):
         raise ArgumentError(f"--calibration: expected --weights q4_1, q4_0 or q8_0, got {weights}")
     try:
         from pyengine.calibrate import read_sequences, round_to_calibration

@@ -39,7 +39,8 @@ class LLM:
 
     Args:
         model: path of a .gguf file, or of a folder with config.json, tokenizer.json and model.safetensors.
-        weights: format in memory: "auto" keeps the file's; "float32", "bfloat16", "q8_0", "q4_1", "q4_0" convert.
+        weights: format in memory: "auto" keeps the file's, each matrix in its own; "float32", "bfloat16", "q8_0",
+            "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl" convert.
         mode: "exact" computes with float activations. Products with weights in blocks may round theirs first: "bf16" to
             bfloat16, "fast" to int8 per 32 values, for integer dot products; attention over a bfloat16 cache rounds
             its queries then. "auto" is "exact".

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,14 @@ import numpy.typing as npt
 
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
-from pyengine.formats.blocks import quantize_q4_0, quantize_q4_1, quantize_q8_0
+from pyengine.formats.quantizers import QUANTIZERS, block_geometry
 from pyengine.infer.source import WeightSource, open_source
 from pyengine.spec import NORM_NAMES, ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
-WEIGHT_FORMATS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
+BLOCK_FORMATS = tuple(_C.block_formats())
+# What `weights` may ask for; of the other block formats a file's own weights are kept.
+WEIGHT_FORMATS = ("float32", "bfloat16", *QUANTIZERS)
 DEFAULT_MAX_CONTEXT = 8192
 # Mode -> what products with block weights round activations to.
 PRODUCT_INPUTS = {"exact": "unrounded", "bf16": "bfloat16", "fast": "int8"}
@@ -79,22 +80,16 @@ class LoadedModel:
     max_context: int
 
 
-_QUANTIZERS: Mapping[str, Callable[[Array], Array]] = {
-    "q8_0": quantize_q8_0,
-    "q4_1": quantize_q4_1,
-    "q4_0": quantize_q4_0,
-}
-
-
 def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedModel:
     """Raises ModelFileError for a bad file, BackendUnavailable for one whose formats have no kernel here."""
     source = open_source(path)
     spec = source.spec
     formats = {name: _target_format(source, name, options.weights) for name in source.matrix_names()}
-    has_blocks = any(f.startswith("q") for f in formats.values())
+    has_blocks = any(f in BLOCK_FORMATS for f in formats.values())
     if options.mode in ("bf16", "fast") and not has_blocks:
         raise ArgumentError(
-            f"mode: '{options.mode}' needs weights in blocks (q8_0, q4_1, q4_0), got {sorted(set(formats.values()))}"
+            f"mode: '{options.mode}' needs weights in blocks ({', '.join(BLOCK_FORMATS)}), "
+            f"got {sorted(set(formats.values()))}"
         )
     act_dtype = "bfloat16" if set(formats.values()) == {"bfloat16"} else "float32"
     mode = "exact" if options.mode == "auto" else options.mode
@@ -250,15 +245,18 @@ def _target_format(source: WeightSource, name: str, wanted: str) -> str:
     stored = source.stored_format(name)
     if wanted == "auto":
         kept = {"float32": "float32", "float16": "float32", "bfloat16": "bfloat16"}.get(stored, stored)
-        if kept not in WEIGHT_FORMATS:
+        if kept not in (*WEIGHT_FORMATS, *BLOCK_FORMATS):
             raise BackendUnavailable(
                 f"{source.path}: {name} is stored as {stored}, for which there is no kernel; "
                 f"pass weights= one of {', '.join(WEIGHT_FORMATS)} to convert"
             )
         return kept
     num_cols = source.spec.tensor_shapes()[name][1]
-    if wanted.startswith("q") and num_cols % 32:
-        raise ArgumentError(f"weights: {wanted} needs rows of a multiple of 32 values, got {num_cols} in {name}")
+    block_size, _ = block_geometry(wanted) if wanted in BLOCK_FORMATS else (1, 0)
+    if num_cols % block_size:
+        raise ArgumentError(
+            f"weights: {wanted} needs rows of a multiple of {block_size} values, got {num_cols} in {name}"
+        )
     return wanted
 
 
@@ -267,8 +265,8 @@ def _rows(source: WeightSource, name: str, target: str) -> tuple[npt.NDArray[np.
     if source.stored_format(name) == target:
         return source.raw(name)
     dense = source.dense(name)
-    if target in _QUANTIZERS:
-        blocks = _QUANTIZERS[target](np.ascontiguousarray(dense, np.float32))
+    if target in QUANTIZERS:
+        blocks = QUANTIZERS[target](np.ascontiguousarray(dense, np.float32), False)
         return blocks.view(np.uint8).reshape(len(dense), -1), None
     dtype = np.dtype(np.float32) if target == "float32" else np.dtype(ml_dtypes.bfloat16)
     return np.ascontiguousarray(dense.astype(dtype)).view(np.uint8).reshape(len(dense), -1), None

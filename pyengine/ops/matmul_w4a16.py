@@ -7,23 +7,25 @@ from torch import Tensor
 
 from pyengine import _C
 from pyengine.ops._library import FLOATS, check, check_dtype, lib, rows
-from pyengine.reference.block_weights import BLOCK_BYTES, BLOCK_SIZE
 
 lib.define("matmul_w4a16(Tensor x, Tensor packed, int num_rows, str block_format, ScalarType? out_dtype) -> Tensor")
 
 OP = "matmul_w4a16"
 PANEL_ROWS = 16
+# name -> (k of a block, bytes of a GGUF block of one row, bytes of a packed block of one panel)
+BLOCK_FORMATS = _C.block_formats()
 
 
 def pack_blocks(raw: Tensor, block_format: str, row_order: Tensor | None = None) -> Tensor:
     """Reorder raw GGUF rows for the kernels, losing nothing.
 
-    raw: uint8 [R, K / 32 * bytes per block] of format q4_0, q4_1 or q8_0. row_order: int32 [N], the raw row of each
-    packed row; None keeps all rows in order. Returns uint8 [packed bytes]; layout: csrc/include/pe/block_weights.h.
+    raw: uint8 [R, bytes of a row] of a format in BLOCK_FORMATS. row_order: int32 [N], the raw row of each packed row;
+    None keeps all rows in order. Returns uint8 [packed bytes]; layout: csrc/include/pe/block_weights.h.
     Raises ArgumentError for partial blocks and for rows outside of raw.
     """
     # Sizes that do not fit are the binding's to refuse.
-    num_cols = raw.shape[-1] // BLOCK_BYTES.get(block_format, 1) * BLOCK_SIZE
+    block_size, block_bytes, _ = BLOCK_FORMATS.get(block_format, (1, 1, 1))
+    num_cols = raw.shape[-1] // block_bytes * block_size
     num_rows = raw.shape[0] if row_order is None else row_order.shape[0]
     packed = torch.empty(_C.block_weights_packed_bytes(block_format, num_rows, num_cols), dtype=torch.uint8)
     _C.block_weights_pack(block_format, raw, row_order, packed)
@@ -34,13 +36,14 @@ def check_operands(op: str, x: Tensor, packed: Tensor, num_rows: int, block_form
     """One check for the real kernels and the fake ones of every op over packed block weights."""
     check(x.dim() >= 1, op, "x", "at least 1 dimension", f"shape {tuple(x.shape)}")
     check_dtype(op, "x", x, FLOATS)
-    check(block_format in BLOCK_BYTES, op, "block_format", " or ".join(BLOCK_BYTES), repr(block_format))
-    check(x.shape[-1] % BLOCK_SIZE == 0, op, "x", f"a last dimension that is a multiple of {BLOCK_SIZE}", x.shape[-1])
+    check(block_format in BLOCK_FORMATS, op, "block_format", f"one of {', '.join(BLOCK_FORMATS)}", repr(block_format))
+    block_size, _, packed_block_bytes = BLOCK_FORMATS[block_format]
+    check(x.shape[-1] % block_size == 0, op, "x", f"a last dimension that is a multiple of {block_size}", x.shape[-1])
     check(num_rows >= 0, op, "num_rows", "a count", num_rows)
     check_dtype(op, "packed", packed, (torch.uint8,))
     check(packed.device == x.device, op, "packed", f"device {x.device}, the device of x", packed.device)
     panels = (num_rows + PANEL_ROWS - 1) // PANEL_ROWS
-    num_bytes = panels * PANEL_ROWS * (x.shape[-1] // BLOCK_SIZE) * BLOCK_BYTES[block_format]
+    num_bytes = panels * (x.shape[-1] // block_size) * packed_block_bytes
     expected = f"shape ({num_bytes},), {block_format} of {num_rows} rows of {x.shape[-1]}"
     check(packed.dim() == 1 and packed.shape[0] == num_bytes, op, "packed", expected, f"{tuple(packed.shape)}")
 
@@ -75,8 +78,9 @@ def matmul_w4a16(
 ) -> Tensor:
     """x @ w^T with the exact values of block weights.
 
-    x [..., K] f32 or bf16, K a multiple of 32; packed: pack_blocks of w [num_rows, K] in block_format q4_0, q4_1 or
-    q8_0. Returns [..., num_rows] in out_dtype (f32, bf16; default: that of x). Inference only: no gradient.
+    x [..., K] f32 or bf16, K a multiple of the format's block (32 or 256); packed: pack_blocks of w [num_rows, K] in
+    block_format, one of BLOCK_FORMATS. Returns [..., num_rows] in out_dtype (f32, bf16; default: that of x). Inference
+    only: no gradient.
     """
     check_no_grad(OP, x)
     return torch.ops.pyengine.matmul_w4a16(x, packed, num_rows, block_format, out_dtype)  # type: ignore[no-any-return]

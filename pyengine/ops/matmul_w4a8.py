@@ -33,9 +33,9 @@ def matmul_w4a8(
 ) -> Tensor:
     """x @ w^T with the exact values of block weights and x rounded to int8 in groups of 32 columns.
 
-    x [..., K] f32 or bf16, K a multiple of 32; packed: pack_blocks (ops/matmul_w4a16.py) of w [num_rows, K] in
-    block_format q4_0, q4_1 or q8_0. Returns [..., num_rows] in out_dtype (f32, bf16; default: that of x). Each element
-    of x moves by at most 1/254 of the largest one of its group. Inference only: no gradient.
+    x [..., K] f32 or bf16, K a multiple of the format's block (32 or 256); packed: pack_blocks (ops/matmul_w4a16.py)
+    of w [num_rows, K] in block_format, one of BLOCK_FORMATS. Returns [..., num_rows] in out_dtype (f32, bf16; default:
+    that of x). Each element of x moves by at most 1/254 of the largest one of its group. Inference only: no gradient.
     """
     check_no_grad(OP, x)
     return torch.ops.pyengine.matmul_w4a8(x, packed, num_rows, block_format, out_dtype)  # type: ignore[no-any-return]

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from pyengine.errors import ArgumentError, CapacityError, ModelFileError
 from pyengine.families import family_of, gguf_metadata_from_spec, stacked_weights, stored_shapes
-from pyengine.formats import GgufTensor, open_gguf, quantize_q4_0, quantize_q4_1, quantize_q8_0, write_gguf
-from pyengine.formats.blocks import BLOCK_BYTES, BLOCK_ELEMENTS
+from pyengine.formats import GgufTensor, open_gguf, write_gguf
+from pyengine.formats.quantizers import QUANTIZERS, block_geometry
 from pyengine.infer.source import WeightSource, open_source
 from pyengine.ledger import content_id
 from pyengine.spec import ModelSpec
@@ -29,10 +29,15 @@ FORMATS = {
     "float32": ("F32", 0),
     "bfloat16": ("BF16", 32),
     "q8_0": ("Q8_0", 7),
+    "q6_k": ("Q6_K", 18),
+    "q5_1": ("Q5_1", 9),
+    "q5_k": ("Q5_K", 16),
+    "q5_0": ("Q5_0", 8),
     "q4_1": ("Q4_1", 3),
+    "q4_k": ("Q4_K", 14),
     "q4_0": ("Q4_0", 2),
+    "iq4_nl": ("IQ4_NL", 25),
 }
-_QUANTIZERS = {"q8_0": quantize_q8_0, "q4_1": quantize_q4_1, "q4_0": quantize_q4_0}
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _QUANTIZATION_VERSION = 2
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -82,7 +87,7 @@ def quantize_to_gguf(
     Args:
         model: a .gguf file, or a folder with config.json, tokenizer.json and model.safetensors.
         out: the file to make or replace; may be `model` itself.
-        weights: "q4_1", "q4_0", "q8_0", "bfloat16" or "float32", the format of the matrices.
+        weights: format of the matrices, one of FORMATS.
         embedding: format of the embedding (which is the head, where the two are tied) and of lm_head.
         search: choose the scales of each block for the least squared error; about 80 times the work.
         rounded: blocks of `weights` that take the place of the model's own, as `pyengine.calibrate` makes them: Hugging
@@ -156,10 +161,10 @@ def quantize_to_gguf(
 def _check_rows(spec: ModelSpec, formats: dict[str, str]) -> None:
     shapes = spec.tensor_shapes()
     for name, wanted in formats.items():
-        if wanted in _QUANTIZERS and shapes[name][1] % BLOCK_ELEMENTS:
+        if wanted in QUANTIZERS and shapes[name][1] % block_geometry(wanted)[0]:
             argument = "embedding" if name in _EMBEDDINGS else "weights"
             raise ArgumentError(
-                f"{argument}: {wanted} needs rows of a multiple of {BLOCK_ELEMENTS} values, "
+                f"{argument}: {wanted} needs rows of a multiple of {block_geometry(wanted)[0]} values, "
                 f"got {shapes[name][1]} in {name}"
             )
 
@@ -167,9 +172,10 @@ def _check_rows(spec: ModelSpec, formats: dict[str, str]) -> None:
 def _check_rounded(spec: ModelSpec, rounded: Mapping[str, npt.NDArray[np.uint8]], weights: str) -> None:
     shapes = spec.tensor_shapes()
     for name, rows in rounded.items():
-        if name in _EMBEDDINGS or len(shapes.get(name, ())) != 2 or weights not in _QUANTIZERS:
+        if name in _EMBEDDINGS or len(shapes.get(name, ())) != 2 or weights not in QUANTIZERS:
             raise ArgumentError(f"rounded: expected matrices that are written in blocks, got {name!r:.80}")
-        expected = (shapes[name][0], shapes[name][1] // BLOCK_ELEMENTS * BLOCK_BYTES[weights])
+        block_size, block_bytes = block_geometry(weights)
+        expected = (shapes[name][0], shapes[name][1] // block_size * block_bytes)
         if rows.dtype != np.uint8 or rows.shape != expected:
             raise ArgumentError(f"rounded[{name!r}]: expected uint8 {expected}, got {rows.dtype} {rows.shape}")
 
@@ -224,6 +230,6 @@ def _encode(
 
 
 def _convert(rows: npt.NDArray[np.float32], wanted: str, search: bool) -> npt.NDArray[np.uint8]:
-    if wanted in _QUANTIZERS:
-        return _QUANTIZERS[wanted](rows, search)
+    if wanted in QUANTIZERS:
+        return QUANTIZERS[wanted](rows, search)
     return np.ascontiguousarray(rows.astype(_DTYPES[wanted])).view(np.uint8)

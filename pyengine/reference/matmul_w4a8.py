@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from pyengine.reference.block_weights import BLOCK_SIZE, dequantize
+from pyengine.reference.block_weights import GROUP_SIZE, dequantize
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """(xq int32 [..., K], dx f32 [..., K / 32]) of x [..., K], rounded in groups of 32."""
-    groups = x.float().reshape(*x.shape[:-1], -1, BLOCK_SIZE)
+    groups = x.float().reshape(*x.shape[:-1], -1, GROUP_SIZE)
     largest = groups.abs().amax(-1, keepdim=True)
     finite, tiny = largest.isfinite(), largest < 2.0**-100
     # A number over a tensor is not rounded once: torch multiplies by the reciprocal. Tensors are divided.
@@ -21,5 +21,5 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 def matmul_w4a8(x: Tensor, raw: Tensor, block_format: str, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """(dx * xq) [..., K] @ w [N, K]^T with w from raw GGUF rows, computed in float64."""
     xq, dx = quantize_activations(x)
-    rounded = xq.double() * dx.double().repeat_interleave(BLOCK_SIZE, -1)
+    rounded = xq.double() * dx.double().repeat_interleave(GROUP_SIZE, -1)
     return (rounded @ dequantize(raw, block_format, torch.float64).T).to(out_dtype or x.dtype)

@@ -16,7 +16,18 @@ from pyengine.formats import GgufTensor, open_gguf, write_gguf
 from pyengine.testing.smollm2 import smollm2_gguf
 from tests.formats.gguf_builder import STRING, GgufFile, array
 
-CONVERTED = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+BLOCKS = [name.upper() for name in _C.block_formats()]
+CONVERTED = ["F16", "BF16", *BLOCKS]
+# Where the halves of a block lie that do not begin it.
+SCALES = {
+    "Q4_1": [0, 2],
+    "Q5_1": [0, 2],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
 METADATA_TYPES = {
     "a.uint8": "uint8", "a.int8": "int8", "a.uint16": "uint16", "a.int16": "int16", "a.uint32": "uint32",
     "a.int32": "int32", "a.uint64": "uint64", "a.int64": "int64", "a.float32": "float32", "a.float64": "float64",
@@ -157,7 +168,7 @@ def test_dequantisation_is_bit_exact(name):
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_dequantisation_of_every_half(name):
-    """All 65,536 codes of the scale (and, in Q4_1 and Q5_1, of the minimum)."""
+    """All 65,536 codes of the scale (and of the minimum)."""
     kind = GGMLQuantizationType[name]
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     codes = np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
@@ -165,9 +176,10 @@ def test_dequantisation_of_every_half(name):
         raw = codes
     else:
         raw = np.random.default_rng(8).integers(0, 256, (65536, size), np.uint8)
-        raw[:, :2] = codes
-        if name in ("Q4_1", "Q5_1"):
-            raw[:, 2:4] = codes[np.random.default_rng(9).permutation(65536)]
+        scale, *minimum = SCALES.get(name, [0])
+        raw[:, scale : scale + 2] = codes
+        for at in minimum:
+            raw[:, at : at + 2] = codes[np.random.default_rng(9).permutation(65536)]
     assert_same_values(_C.gguf_dequantize(name, raw, raw.shape[0] * elements), reference(raw, kind))
 
 
@@ -186,6 +198,11 @@ def assert_same_values(ours, expected):
 def test_f32_passes_through():
     raw = np.random.default_rng(3).integers(0, 256, 4000, np.uint8)
     assert _C.gguf_dequantize("F32", raw, 1000).tobytes() == raw.tobytes()
+
+
+def test_the_formats_of_kernels_have_the_geometry_of_their_type():
+    for name, (block_size, block_bytes, _) in _C.block_formats().items():
+        assert _C.gguf_type_geometry(name.upper())[1:] == (block_size, block_bytes)
 
 
 def test_geometry_of_every_type():

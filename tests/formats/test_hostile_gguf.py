@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from pyengine import _C
 from pyengine.errors import BackendUnavailable, ModelFileError
 from pyengine.formats import open_gguf
 from tests.formats.gguf_builder import (
@@ -19,7 +20,7 @@ from tests.formats.gguf_builder import (
 )
 from tests.formats.hostile_gguf import BROKEN, LOADS, UPSTREAM, field_of
 
-CONVERTED = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
+CONVERTED = {"F32", "F16", "BF16", *(name.upper() for name in _C.block_formats())}
 
 
 def load(path, content: bytes):

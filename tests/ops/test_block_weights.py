@@ -6,18 +6,39 @@ import torch
 from pyengine import _C
 from pyengine.errors import ArgumentError
 from pyengine.ops.matmul_w4a16 import pack_blocks
-from pyengine.reference.block_weights import BLOCK_BYTES, dequantize
+from pyengine.reference.block_weights import BLOCK_BYTES, BLOCK_SIZE, BOOK, dequantize, parts
 from pyengine.testing import assert_same_bits
-from pyengine.testing.blocks import blocks, random_blocks, random_codes
+from pyengine.testing.blocks import FORMATS, blocks, columns, random_blocks, scale_offsets
 from pyengine.testing.guard import guarded
 
-FORMATS = {
-    "q4_0": gguf.GGMLQuantizationType.Q4_0,
-    "q4_1": gguf.GGMLQuantizationType.Q4_1,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+GGUF_TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in FORMATS}
+QUANTIZED_BY_GGUF = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+# Bits of the two planes of a code.
+PLANES = dict.fromkeys(("q4_0", "q4_1", "iq4_nl", "q4_k", "iq4_xs"), (4, 0)) | {
+    "q5_0": (4, 1),
+    "q5_1": (4, 1),
+    "q5_k": (4, 1),
+    "q8_0": (8, 0),
+    "q2_k": (2, 0),
+    "q3_k": (2, 1),
+    "q6_k": (4, 2),
 }
-GROUP_BYTES = {"q4_0": 288, "q4_1": 320, "q8_0": 544}
-SHAPES = [(1, 32), (15, 64), (16, 32), (17, 96), (131, 160)]
+# Bytes of a packed block of a panel: super scales, and its groups.
+PACKED_BYTES = {
+    "q4_0": 288,
+    "q4_1": 320,
+    "q5_0": 352,
+    "q5_1": 384,
+    "q8_0": 544,
+    "iq4_nl": 288,
+    "q2_k": 64 + 8 * 160,
+    "q3_k": 32 + 8 * 224,
+    "q4_k": 64 + 8 * 288,
+    "q5_k": 64 + 8 * 352,
+    "q6_k": 32 + 8 * 416,
+    "iq4_xs": 32 + 8 * 272,
+}
+SHAPES = [(1, 1), (15, 2), (16, 1), (17, 3), (131, 5)]  # rows, blocks
 
 
 def unpack(packed, block_format, num_rows, num_cols):
@@ -29,10 +50,18 @@ def unpack(packed, block_format, num_rows, num_cols):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_unpacks_what_the_gguf_library_dequantizes(block_format, shape):
-    raw = random_blocks(block_format, *shape)
-    got = unpack(pack_blocks(raw, block_format), block_format, *shape)
+    num_rows, num_cols = shape[0], columns(block_format, shape[1])
+    raw = random_blocks(block_format, num_rows, num_cols)
+    got = unpack(pack_blocks(raw, block_format), block_format, num_rows, num_cols)
     assert_same_bits(got, dequantize(raw, block_format))
-    assert_same_bits(got, torch.from_numpy(gguf.quants.dequantize(raw.numpy(), FORMATS[block_format])))
+    assert_same_bits(got, torch.from_numpy(gguf.quants.dequantize(raw.numpy(), GGUF_TYPES[block_format])))
+
+
+@pytest.mark.parametrize("block_format", FORMATS)
+def test_the_reference_in_f64_is_the_exact_weight(block_format):
+    raw = random_blocks(block_format, 4, columns(block_format, 2))
+    exact = dequantize(raw, block_format, torch.float64)
+    assert_same_bits(exact.float(), dequantize(raw, block_format))
 
 
 def test_no_rows_and_no_columns():
@@ -42,14 +71,14 @@ def test_no_rows_and_no_columns():
     assert pack_blocks(raw, "q4_0", torch.tensor([], dtype=torch.int32)).shape == (0,)
 
 
-@pytest.mark.parametrize("block_format", FORMATS)
+@pytest.mark.parametrize("block_format", QUANTIZED_BY_GGUF)
 def test_unpacks_what_the_gguf_library_quantizes(block_format):
     weight = np.random.default_rng(0).standard_normal((48, 96), dtype=np.float32)
-    raw = gguf.quants.quantize(weight, FORMATS[block_format])
+    raw = gguf.quants.quantize(weight, GGUF_TYPES[block_format])
     packed = np.empty(_C.block_weights_packed_bytes(block_format, 48, 96), np.uint8)
     _C.block_weights_pack(block_format, raw, None, packed)
     got = unpack(packed, block_format, 48, 96)
-    assert_same_bits(got, torch.from_numpy(gguf.quants.dequantize(raw, FORMATS[block_format])))
+    assert_same_bits(got, torch.from_numpy(gguf.quants.dequantize(raw, GGUF_TYPES[block_format])))
 
 
 def test_every_f16_scale_is_read_exactly():
@@ -63,31 +92,51 @@ def test_every_f16_scale_is_read_exactly():
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_layout_of_the_contract(block_format):
-    """Codes and scales of one panel at the offsets that kernels of other engines may rely on."""
-    num_groups = 3
-    codes = random_codes(block_format, 16, 32 * num_groups)
-    raw = random_blocks(block_format, 16, 32 * num_groups)
-    raw = raw.reshape(16, num_groups, -1)
-    raw[..., -codes.shape[-1] :] = codes
-    packed = pack_blocks(raw.flatten(1), block_format).reshape(num_groups, GROUP_BYTES[block_format])
-    for row, group, j, byte in [(0, 0, 0, 0), (3, 1, 2, 1), (15, 2, 3, 3), (7, 0, 1, 2)]:
-        got = packed[group, 64 * j + 4 * row + byte]
-        assert got == codes[row, group, 4 * j + byte] ^ (128 if block_format == "q8_0" else 0)
-    scales = packed[:, 16 * codes.shape[-1] :].reshape(num_groups, -1, 16, 2)
-    assert torch.equal(scales.permute(2, 0, 1, 3).flatten(2), raw[..., : -codes.shape[-1]])
+    """Codes and f16 scales of one panel at the offsets that kernels of other engines may rely on."""
+    num_cols = columns(block_format, 2)
+    raw = random_blocks(block_format, 16, num_cols)
+    packed = pack_blocks(raw, block_format).reshape(2, PACKED_BYTES[block_format])
+    halves = [raw.reshape(16, 2, -1)[:, :, at : at + 2] for at in scale_offsets(block_format)]  # [row, block, 2]
+    if block_format in ("q2_k", "q4_k", "q5_k"):
+        halves[1] = halves[1] ^ torch.tensor([0, 128], dtype=torch.uint8)  # GGUF subtracts this one
+    stored = torch.stack(halves).permute(2, 0, 1, 3).flatten(1)
+    low, high = PLANES[block_format]
+    if BLOCK_SIZE[block_format] == 32:
+        assert torch.equal(packed[:, 64 * (low + high) :], stored)
+        groups = packed
+    else:
+        assert torch.equal(packed[:, : stored.shape[1]], stored)
+        groups = packed[:, stored.shape[1] :].reshape(16, -1)
+
+    codes = parts(raw, block_format)[0].flatten(1)
+    if block_format in ("iq4_nl", "iq4_xs"):
+        codes = torch.searchsorted(torch.tensor(BOOK, dtype=torch.float32), codes)
+    elif block_format not in ("q4_1", "q5_1", "q2_k", "q4_k", "q5_k"):
+        codes = codes + 2 ** (low + high - 1)
+    codes = codes.to(torch.uint8)
+    for row, k in [(0, 0), (3, 5), (15, 31), (7, 22), (9, num_cols - 1), (2, num_cols - 18)]:
+        group, quad = groups[k // 32], k % 32 // 4
+        got = 0
+        for first, width in ((0, low), (low, high)):
+            if width:
+                byte = int(group[64 * (first + quad % width) + 4 * row + k % 4])
+                got |= (byte >> (quad // width * width) & (2**width - 1)) << first
+        assert got == codes[row, k]
 
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_row_order_permutes_drops_and_repeats(block_format):
-    raw = random_blocks(block_format, 21, 64)
+    num_cols = columns(block_format, 2)
+    raw = random_blocks(block_format, 21, num_cols)
     order = torch.randint(0, 21, (37,), dtype=torch.int32)
-    got = unpack(pack_blocks(raw, block_format, order), block_format, 37, 64)
+    got = unpack(pack_blocks(raw, block_format, order), block_format, 37, num_cols)
     assert_same_bits(got, dequantize(raw, block_format)[order.long()])
 
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_whole_panels_concatenate(block_format):
-    first, second = random_blocks(block_format, 32, 64), random_blocks(block_format, 5, 64)
+    num_cols = columns(block_format, 2)
+    first, second = random_blocks(block_format, 32, num_cols), random_blocks(block_format, 5, num_cols)
     joined = torch.cat([pack_blocks(first, block_format), pack_blocks(second, block_format)])
     assert torch.equal(joined, pack_blocks(torch.cat([first, second]), block_format))
 
@@ -95,11 +144,12 @@ def test_whole_panels_concatenate(block_format):
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_touches_no_byte_outside_its_buffers(block_format, at_end):
-    raw = guarded(random_blocks(block_format, 19, 96), at_end=at_end)
+    num_cols = columns(block_format, 3)
+    raw = guarded(random_blocks(block_format, 19, num_cols), at_end=at_end)
     order = guarded(torch.arange(18, -1, -1, dtype=torch.int32), at_end=at_end)
-    num_bytes = _C.block_weights_packed_bytes(block_format, 19, 96)
+    num_bytes = _C.block_weights_packed_bytes(block_format, 19, num_cols)
     packed = guarded(torch.zeros(num_bytes, dtype=torch.uint8), at_end=at_end)
-    out = guarded(torch.zeros(19, 96), at_end=at_end)
+    out = guarded(torch.zeros(19, num_cols), at_end=at_end)
     _C.block_weights_pack(block_format, raw, order, packed)
     _C.block_weights_unpack(block_format, packed, out)
     assert_same_bits(out, dequantize(raw, block_format).flip(0))
@@ -107,7 +157,7 @@ def test_touches_no_byte_outside_its_buffers(block_format, at_end):
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_strided_raw_rows(block_format):
-    raw = random_blocks(block_format, 10, 64)
+    raw = random_blocks(block_format, 10, columns(block_format, 2))
     wide = torch.cat([raw, torch.zeros_like(raw)], 1)[:, : raw.shape[1]]
     assert torch.equal(pack_blocks(wide, block_format), pack_blocks(raw, block_format))
     assert torch.equal(pack_blocks(raw[::3], block_format), pack_blocks(raw[::3].contiguous(), block_format))
@@ -115,8 +165,8 @@ def test_strided_raw_rows(block_format):
 
 def test_errors_name_the_argument():
     raw = random_blocks("q4_0", 4, 64)
-    with pytest.raises(ArgumentError, match=r"\[block_weights\] block_format: expected q4_0, .* got 'q5_0'"):
-        pack_blocks(raw, "q5_0")
+    with pytest.raises(ArgumentError, match=r"\[block_weights\] block_format: expected one of q4_0, .* got 'q4_2'"):
+        pack_blocks(raw, "q4_2")
     with pytest.raises(ArgumentError, match=r"raw: expected rows of whole q4_0 blocks of 18 bytes, got rows of 35"):
         pack_blocks(raw[:, :35], "q4_0")
     with pytest.raises(ArgumentError, match=r"raw: expected uint8, got int8"):
@@ -133,6 +183,8 @@ def test_errors_name_the_argument():
         _C.block_weights_unpack("q4_0", torch.empty(577, dtype=torch.uint8), torch.empty(4, 64))
     with pytest.raises(ArgumentError, match=r"num_cols: expected a multiple of 32, got 33"):
         _C.block_weights_packed_bytes("q4_0", 4, 33)
+    with pytest.raises(ArgumentError, match=r"num_cols: expected a multiple of 256, got 288"):
+        _C.block_weights_packed_bytes("q4_k", 4, 288)
     with pytest.raises(ArgumentError, match=r"num_rows: expected a size that fits memory"):
         _C.block_weights_packed_bytes("q8_0", 2**62, 2**40)
     with pytest.raises(ArgumentError, match=r"num_rows: expected a count, got -1"):
@@ -145,4 +197,6 @@ def test_errors_name_the_argument():
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_sizes_per_block(block_format):
-    assert (32, BLOCK_BYTES[block_format]) == gguf.GGML_QUANT_SIZES[FORMATS[block_format]]
+    sizes = BLOCK_SIZE[block_format], BLOCK_BYTES[block_format]
+    assert sizes == gguf.GGML_QUANT_SIZES[GGUF_TYPES[block_format]]
+    assert _C.block_formats()[block_format] == (*sizes, PACKED_BYTES[block_format])

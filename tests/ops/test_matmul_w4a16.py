@@ -5,16 +5,15 @@ import torch
 from pyengine import _C
 from pyengine.errors import ArgumentError
 from pyengine.ops.matmul_w4a16 import matmul_w4a16, pack_blocks
-from pyengine.reference.block_weights import dequantize
+from pyengine.reference.block_weights import BLOCK_SIZE, dequantize, parts
 from pyengine.reference.matmul_w4a16 import matmul_w4a16 as reference
 from pyengine.testing import LAYOUTS, assert_same_bits, force_isa, force_num_threads
-from pyengine.testing.blocks import blocks, integer_blocks, random_blocks
+from pyengine.testing.blocks import FORMATS, blocks, columns, integer_blocks, random_blocks, scale_offsets, term_sizes
 from pyengine.testing.guard import guarded
 
-FORMATS = ["q4_0", "q4_1", "q8_0"]
 FLOATS = [torch.float32, torch.bfloat16]
-# (M, N, K): one row and one panel; partial panels; every register tile and its remainders; several row blocks.
-SHAPES = [(1, 1, 32), (1, 80, 64), (2, 17, 96), (3, 15, 64), (4, 50, 32), (7, 33, 64), (31, 35, 32), (101, 16, 32)]
+# (M, N, blocks): one row and one panel; partial panels; every register tile and its remainders; several row blocks.
+SHAPES = [(1, 1, 1), (1, 80, 2), (2, 17, 3), (3, 15, 2), (4, 50, 1), (7, 33, 2), (31, 35, 1), (101, 16, 1)]
 
 
 def run(x, raw, block_format, **options):
@@ -23,10 +22,11 @@ def run(x, raw, block_format, **options):
 
 
 def assert_within_rounding(got, x, raw, block_format):
-    """|got - exact| <= 8 u sum |x| |w| with u = 2^-24, plus one rounding to the dtype of the result."""
+    """|got - exact| <= 8 u times the sum of the sizes of all terms, u = 2^-24, plus a rounding to the dtype of y."""
     weight = dequantize(raw, block_format, torch.float64)
     exact = x.double() @ weight.T
-    limit = 8 * 2.0**-24 * (x.double().abs() @ weight.abs().T) + torch.finfo(got.dtype).eps / 2 * exact.abs()
+    sizes = term_sizes(raw, block_format, middle=True)
+    limit = 8 * 2.0**-24 * (x.double().abs() @ sizes.T) + torch.finfo(got.dtype).eps / 2 * exact.abs()
     error = (got.double() - exact).abs()
     assert (error <= limit).all(), f"error {(error / limit).max():.3g} times the limit"
 
@@ -36,7 +36,8 @@ def assert_within_rounding(got, x, raw, block_format):
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_accuracy(isa, block_format, shape, dtype):
     torch.manual_seed(0)
-    m, n, k = shape
+    m, n, num_blocks = shape
+    k = columns(block_format, num_blocks)
     x, raw = torch.randn(m, k).to(dtype), random_blocks(block_format, n, k)
     for out_dtype in FLOATS:
         got = run(x, raw, block_format, out_dtype=out_dtype)
@@ -53,7 +54,8 @@ def test_accuracy_of_a_long_sum(isa, block_format):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_integers_are_exact(isa, block_format, shape):
-    m, n, k = shape
+    m, n, num_blocks = shape
+    k = columns(block_format, num_blocks)
     x, raw = torch.randint(-20, 21, (m, k)), integer_blocks(block_format, n, k)
     exact = x @ dequantize(raw, block_format).long().T
     got = run(x.float(), raw, block_format)
@@ -80,7 +82,8 @@ def test_leading_dimensions_and_empty_operands():
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa, block_format, dtype):
-    x, raw = torch.randn(101, 96).to(dtype), random_blocks(block_format, 85, 96)
+    k = columns(block_format, 3 if block_format in ("q4_0", "q4_1", "q8_0") else 1)
+    x, raw = torch.randn(101, k).to(dtype), random_blocks(block_format, 85, k)
     whole = run(x, raw, block_format)
     for m in (1, 2, 3, 7, 12, 13, 16, 33):
         assert_same_bits(run(x[:m], raw, block_format), whole[:m])
@@ -89,7 +92,8 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa, block_format, dtype
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_a_column_does_not_depend_on_its_panel(isa, block_format):
-    x, raw = torch.randn(2, 64), random_blocks(block_format, 100, 64)
+    k = columns(block_format, 2)
+    x, raw = torch.randn(2, k), random_blocks(block_format, 100, k)
     whole = run(x, raw, block_format)
     for first in (1, 16, 50, 99):
         assert_same_bits(run(x, raw[first:], block_format), whole[:, first:])
@@ -97,7 +101,8 @@ def test_a_column_does_not_depend_on_its_panel(isa, block_format):
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_same_bits_on_every_isa_level(block_format):
-    for m, n, k in [(1, 70, 96), (17, 35, 64)]:
+    for m, n, num_blocks in [(1, 70, 3), (17, 35, 2)]:
+        k = columns(block_format, num_blocks)
         x, raw = torch.randn(m, k), random_blocks(block_format, n, k)
         expected = run(x, raw, block_format)
         for name in _C.available_isas():
@@ -106,45 +111,58 @@ def test_same_bits_on_every_isa_level(block_format):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("block_format", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("block_format", FORMATS)
 def test_adds_in_the_order_of_the_contract(isa, block_format, dtype):
-    """With a power of two for d, every fused multiply-add is an exact f64 sum rounded to f32."""
+    """A product and a sum are exact in 64 bits of mantissa, but for sums far apart; then they are rounded once."""
     torch.manual_seed(0)
-    raw = random_blocks(block_format, 21, 96).reshape(21, 3, -1)
-    raw[:, :, :2] = torch.tensor([0.125], dtype=torch.float16).view(torch.uint8)
-    raw = raw.flatten(1)
-    x = torch.randn(18, 96).bfloat16()
-    left, codes = x.double().numpy(), (dequantize(raw, block_format, torch.float64) * 8).numpy()
+    raw = random_blocks(block_format, 21, columns(block_format, 3 if BLOCK_SIZE[block_format] == 32 else 1))
+    codes, d, low = (None if part is None else part.numpy() for part in parts(raw, block_format, torch.float64))
+    scale_group = codes.shape[-1]
+    x = torch.randn(18, codes.shape[1] * scale_group).bfloat16()
+    left = x.float().numpy()
 
-    def chain(columns):
+    def fma(a, b, c):
+        return (np.longdouble(a) * np.longdouble(b) + np.longdouble(c)).astype(np.float32)
+
+    def chain(group, columns):
         s = np.zeros((18, 21), np.float32)
         for k in columns:
-            s = (s.astype(np.float64) + np.outer(left[:, k], codes[:, k])).astype(np.float32)
+            s = fma(left[:, group * scale_group + k, None], codes[None, :, group, k], s)
         return s
 
-    def group(k):
+    def group_sum(group):
         if dtype == torch.bfloat16 and isa == "amx":
-            return chain(range(k, k + 32, 2)) + chain(range(k + 1, k + 32, 2))
+            return chain(group, range(0, scale_group, 2)) + chain(group, range(1, scale_group, 2))
         if dtype == torch.bfloat16 and isa == "avx512_bf16":
-            pairs = [k + i for i in (2, 0, 3, 1, 6, 4, 7, 5, 10, 8, 11, 9, 14, 12, 15, 13)]
-            return chain(pairs) + chain([i + 16 for i in pairs])
-        return chain(range(k, k + 32))
+            pairs = [2, 0, 3, 1, 6, 4, 7, 5, 10, 8, 11, 9, 14, 12, 15, 13]
+            first = chain(group, pairs)
+            return first if scale_group == 16 else first + chain(group, [k + 16 for k in pairs])
+        return chain(group, range(scale_group))
 
+    if low is not None:
+        middle = 2.0 ** int(block_format[1]) / 2
+        codes, low = codes - middle, fma(middle, d, low)
     total = np.zeros((18, 21), np.float32)
-    for k in range(0, 96, 32):
-        s = group(k)
-        total = (total.astype(np.float64) + 0.125 * s.astype(np.float64)).astype(np.float32)
+    for group in range(codes.shape[1]):
+        total = fma(d[None, :, group, 0], group_sum(group), total)
+        if low is not None:
+            halves = left[:, group * scale_group : (group + 1) * scale_group]
+            while halves.shape[1] > 1:
+                halves = halves[:, : halves.shape[1] // 2] + halves[:, halves.shape[1] // 2 :]
+            total = fma(low[None, :, group, 0], halves, total)
     got = run(x.to(dtype), raw, block_format, out_dtype=torch.float32)
     assert_same_bits(got, torch.from_numpy(total))
 
 
-def test_same_bits_for_any_number_of_threads(isa):
+@pytest.mark.parametrize("block_format", ["q4_1", "q2_k", "q6_k"])
+def test_same_bits_for_any_number_of_threads(isa, block_format):
     for m, n in [(1, 600), (200, 70)]:
-        x, raw = torch.randn(m, 64), random_blocks("q4_1", n, 64)
+        k = columns(block_format, 1)
+        x, raw = torch.randn(m, k), random_blocks(block_format, n, k)
         results = []
         for count in (1, 2, 3):
             with force_num_threads(count):
-                results.append(run(x, raw, "q4_1"))
+                results.append(run(x, raw, block_format))
         assert_same_bits(results[1], results[0])
         assert_same_bits(results[2], results[0])
 
@@ -152,7 +170,8 @@ def test_same_bits_for_any_number_of_threads(isa):
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 17])
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_rounding_x_gives_the_bits_of_bf16_x(isa, block_format, num_rows):
-    x, raw = torch.randn(num_rows, 96), random_blocks(block_format, 37, 96)
+    k = columns(block_format, 3 if BLOCK_SIZE[block_format] == 32 else 1)
+    x, raw = torch.randn(num_rows, k), random_blocks(block_format, 37, k)
     x[0, :4] = torch.tensor([torch.inf, 1e-40, 3e38, -1e-39])
     packed, y = pack_blocks(raw, block_format), torch.empty(num_rows, 37)
     _C.matmul_w4a16_cpu(x, packed, block_format, y, round_x=True)
@@ -167,8 +186,10 @@ def test_refuses_to_round_what_is_bf16():
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_subnormal_activations_count_as_zero_where_the_contract_says_so(isa, block_format):
-    x, raw = torch.full((2, 32), 1e-39).bfloat16(), random_blocks(block_format, 20, 32)
-    flushed = isa in ("avx512_bf16", "amx") and block_format != "q4_1"
+    k = columns(block_format, 1)
+    x, raw = torch.full((2, k), 1e-39).bfloat16(), random_blocks(block_format, 20, k)
+    has_min = parts(raw, block_format)[2] is not None
+    flushed = isa in ("avx512_bf16", "amx") and not has_min
     assert (run(x, raw, block_format, out_dtype=torch.float32) == 0).all() == flushed
 
 
@@ -176,10 +197,11 @@ def test_subnormal_activations_count_as_zero_where_the_contract_says_so(isa, blo
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_touches_no_byte_outside_its_buffers(isa, block_format, dtype, at_end):
-    raw = random_blocks(block_format, 41, 64)
+    k = columns(block_format, 2)
+    raw = random_blocks(block_format, 41, k)
     packed = guarded(pack_blocks(raw, block_format), at_end=at_end)
     for m in (1, 2, 3, 5, 19):
-        x = guarded(torch.randn(m, 64).to(dtype), at_end=at_end)
+        x = guarded(torch.randn(m, k).to(dtype), at_end=at_end)
         y = guarded(torch.zeros(m, 41, dtype=dtype), at_end=at_end)
         _C.matmul_w4a16_cpu(x, packed, block_format, y)
         assert_within_rounding(y, x, raw, block_format)
@@ -197,7 +219,8 @@ def test_writes_only_its_columns(isa):
 @pytest.mark.parametrize("num_rows", [1, 9, 17])
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_nan_and_inf_of_an_activation_stay_in_their_row(isa, block_format, num_rows, dtype):
-    x, raw = torch.randn(num_rows + 1, 64).to(dtype), random_blocks(block_format, 20, 64)
+    k = columns(block_format, 2)
+    x, raw = torch.randn(num_rows + 1, k).to(dtype), random_blocks(block_format, 20, k)
     for bad in (torch.nan, torch.inf):
         x[0, 40] = bad
         y = run(x, raw, block_format)
@@ -209,10 +232,11 @@ def test_nan_and_inf_of_an_activation_stay_in_their_row(isa, block_format, num_r
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_nan_and_inf_of_a_scale_stay_in_their_column(isa, block_format, bad):
-    raw = random_blocks(block_format, 20, 64).reshape(20, 2, -1)
-    raw[3, 1, :2] = torch.tensor([bad], dtype=torch.float16).view(torch.uint8)
+    k, at = columns(block_format, 2), scale_offsets(block_format)[0]
+    raw = random_blocks(block_format, 20, k).reshape(20, 2, -1)
+    raw[3, 1, at : at + 2] = torch.tensor([bad], dtype=torch.float16).view(torch.uint8)
     for m in (1, 9):
-        y = run(torch.randn(m, 64), raw.flatten(1), block_format)
+        y = run(torch.randn(m, k), raw.flatten(1), block_format)
         assert not y[:, 3].isfinite().any()
         assert y[:, [c for c in range(20) if c != 3]].isfinite().all()
 
@@ -272,7 +296,8 @@ def test_error_names_the_op_the_argument_and_both_values(device):
         ({"num_rows": 33}, r"packed: expected shape \(1728,\)"),
         ({"num_rows": -1}, r"num_rows: expected a count, got -1"),
         ({"packed": packed.to(torch.int8)}, r"packed: expected torch.uint8, got torch.int8"),
-        ({"block_format": "q5_0"}, r"block_format: expected q4_0 or q4_1 or q8_0, got 'q5_0'"),
+        ({"block_format": "q4_2"}, r"block_format: expected one of q4_0, .*, got 'q4_2'"),
+        ({"block_format": "q6_k"}, r"x: expected a last dimension that is a multiple of 256, got 64"),
         ({"block_format": "q4_1"}, r"packed: expected shape \(1280,\), q4_1"),
         ({"out_dtype": torch.float16}, r"out_dtype: expected torch.float32 or torch.bfloat16, got torch.float16"),
     ]:
@@ -287,7 +312,7 @@ def test_binding_checks_for_itself():
         ((x, packed[1:], "q4_0", y), r"packed: expected 288 bytes \(q4_0, 4 rows of 32\), got 287"),
         ((x, packed, "q4_0", y[:1]), r"y: expected shape \(2, \*\), got shape \(1, 4\)"),
         ((x, packed, "q4_0", y.double()), r"y: expected float32 or bfloat16, got float64"),
-        ((x, packed, "f16", y), r"block_format: expected q4_0, q4_1 or q8_0, got 'f16'"),
+        ((x, packed, "f16", y), r"block_format: expected one of q4_0, .*, got 'f16'"),
     ]:
         with pytest.raises(ArgumentError, match=r"\[matmul_w4a16\] " + text):
             _C.matmul_w4a16_cpu(*arguments)

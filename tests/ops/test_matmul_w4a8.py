@@ -9,13 +9,21 @@ from pyengine.reference.block_weights import dequantize
 from pyengine.reference.matmul_w4a8 import matmul_w4a8 as reference
 from pyengine.reference.matmul_w4a8 import quantize_activations
 from pyengine.testing import LAYOUTS, assert_same_bits, force_isa, force_num_threads
-from pyengine.testing.blocks import blocks, integer_blocks, random_blocks
+from pyengine.testing.blocks import (
+    FORMATS,
+    blocks,
+    columns,
+    integer_blocks,
+    random_blocks,
+    random_codes,
+    scale_offsets,
+    term_sizes,
+)
 from pyengine.testing.guard import guarded
 
-FORMATS = ["q4_0", "q4_1", "q8_0"]
 FLOATS = [torch.float32, torch.bfloat16]
-# (M, N, K): one row and one panel; partial panels; every register tile and its remainders; several row blocks.
-SHAPES = [(1, 1, 32), (1, 80, 64), (2, 17, 96), (3, 15, 64), (4, 50, 32), (7, 33, 64), (31, 35, 32), (101, 16, 32)]
+# (M, N, blocks): one row and one panel; partial panels; every register tile and its remainders; several row blocks.
+SHAPES = [(1, 1, 1), (1, 80, 2), (2, 17, 3), (3, 15, 2), (4, 50, 1), (7, 33, 2), (31, 35, 1), (101, 16, 1)]
 
 
 def run(x, raw, block_format, **options):
@@ -24,21 +32,16 @@ def run(x, raw, block_format, **options):
 
 
 def assert_within_rounding(got, x, raw, block_format):
-    """|got - exact| <= 8 u sum |x| |w| with u = 2^-24, plus one rounding to the dtype of the result.
+    """|got - exact| <= 8 u times the sum of the sizes of all terms, u = 2^-24, plus a rounding to the result's dtype.
 
     x is the rounded one; the error of rounding it is test_activations_are_rounded_to_nearest's.
     """
     xq, dx = quantize_activations(x)
     x = xq.double() * dx.double().repeat_interleave(32, -1)
     weight = dequantize(raw, block_format, torch.float64)
-    if block_format == "q4_1":  # d * q and m are summed apart
-        low = raw.reshape(raw.shape[0], -1, 20)[..., 2:4].contiguous().view(torch.float16).double()
-        low = low.repeat_interleave(32, 1).squeeze(-1)
-        magnitude = (weight - low).abs() + low.abs()
-    else:
-        magnitude = weight.abs()
+    sizes = term_sizes(raw, block_format, middle=False)
     exact = x @ weight.T
-    limit = 8 * 2.0**-24 * (x.abs() @ magnitude.T) + torch.finfo(got.dtype).eps / 2 * exact.abs()
+    limit = 8 * 2.0**-24 * (x.abs() @ sizes.T) + torch.finfo(got.dtype).eps / 2 * exact.abs()
     error = (got.double() - exact).abs()
     assert (error <= limit).all(), f"error {(error / limit).max():.3g} times the limit"
 
@@ -48,7 +51,8 @@ def assert_within_rounding(got, x, raw, block_format):
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_accuracy(isa, block_format, shape, dtype):
     torch.manual_seed(0)
-    m, n, k = shape
+    m, n, num_blocks = shape
+    k = columns(block_format, num_blocks)
     x, raw = torch.randn(m, k).to(dtype), random_blocks(block_format, n, k)
     for out_dtype in FLOATS:
         got = run(x, raw, block_format, out_dtype=out_dtype)
@@ -66,7 +70,8 @@ def test_accuracy_of_a_long_sum(isa, block_format):
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_integers_are_exact(isa, block_format, shape):
     """With an activation of 127 in each group dx is 1 and xq is x: products of all codes with all of int8."""
-    m, n, k = shape
+    m, n, num_blocks = shape
+    k = columns(block_format, num_blocks)
     x, raw = torch.randint(-127, 128, (m, k)), integer_blocks(block_format, n, k)
     x[:, ::32] = 127
     exact = x @ dequantize(raw, block_format).long().T
@@ -79,13 +84,15 @@ def test_integers_are_exact(isa, block_format, shape):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_the_largest_integer_sums_do_not_saturate(isa, block_format, sign, num_rows):
+    k = columns(block_format, 1)
     for byte in (0x00, 0x7F, 0x80, 0xFF):
-        codes = torch.full((16, 1, 32 if block_format == "q8_0" else 16), byte, dtype=torch.uint8)
-        scales = torch.ones(16, 1, 2 if block_format == "q4_1" else 1).half()
-        raw = blocks(block_format, scales, codes)
-        x = torch.full((num_rows, 32), 127 * sign)
-        exact = x @ dequantize(raw, block_format).long().T
-        assert torch.equal(run(x.float(), raw, block_format).long(), exact)
+        codes = torch.full_like(random_codes(block_format, 16, k), byte)
+        raw = blocks(block_format, torch.ones(16, 1, len(scale_offsets(block_format))).half(), codes)
+        for group in {0, k - 32}:
+            x = torch.zeros(num_rows, k, dtype=torch.int64)
+            x[:, group : group + 32] = 127 * sign
+            exact = x @ dequantize(raw, block_format).long().T
+            assert torch.equal(run(x.float(), raw, block_format).long(), exact)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -130,7 +137,8 @@ def test_leading_dimensions_and_empty_operands():
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa, block_format, dtype):
-    x, raw = torch.randn(101, 96).to(dtype), random_blocks(block_format, 85, 96)
+    k = columns(block_format, 3 if block_format in ("q4_0", "q4_1", "q8_0") else 1)
+    x, raw = torch.randn(101, k).to(dtype), random_blocks(block_format, 85, k)
     whole = run(x, raw, block_format)
     for m in (1, 2, 3, 7, 12, 13, 16, 33):
         assert_same_bits(run(x[:m], raw, block_format), whole[:m])
@@ -139,7 +147,8 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa, block_format, dtype
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_a_column_does_not_depend_on_its_panel(isa, block_format):
-    x, raw = torch.randn(2, 64), random_blocks(block_format, 100, 64)
+    k = columns(block_format, 2)
+    x, raw = torch.randn(2, k), random_blocks(block_format, 100, k)
     whole = run(x, raw, block_format)
     for first in (1, 16, 50, 99):
         assert_same_bits(run(x, raw[first:], block_format), whole[:, first:])
@@ -147,7 +156,8 @@ def test_a_column_does_not_depend_on_its_panel(isa, block_format):
 
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_same_bits_on_every_isa_level(block_format):
-    for m, n, k in [(1, 70, 96), (9, 70, 96), (17, 35, 64), (130, 50, 96)]:
+    for m, n, num_blocks in [(1, 70, 3), (9, 70, 3), (17, 35, 2), (130, 50, 3)]:
+        k = columns(block_format, num_blocks)
         x, raw = torch.randn(m, k), random_blocks(block_format, n, k)
         expected = run(x, raw, block_format)
         for name in _C.available_isas():
@@ -155,13 +165,15 @@ def test_same_bits_on_every_isa_level(block_format):
                 assert_same_bits(run(x, raw, block_format), expected)
 
 
-def test_same_bits_for_any_number_of_threads(isa):
+@pytest.mark.parametrize("block_format", ["q4_1", "q2_k", "q6_k"])
+def test_same_bits_for_any_number_of_threads(isa, block_format):
     for m, n in [(1, 600), (200, 70)]:
-        x, raw = torch.randn(m, 64), random_blocks("q4_1", n, 64)
+        k = columns(block_format, 1)
+        x, raw = torch.randn(m, k), random_blocks(block_format, n, k)
         results = []
         for count in (1, 2, 3):
             with force_num_threads(count):
-                results.append(run(x, raw, "q4_1"))
+                results.append(run(x, raw, block_format))
         assert_same_bits(results[1], results[0])
         assert_same_bits(results[2], results[0])
 
@@ -170,10 +182,11 @@ def test_same_bits_for_any_number_of_threads(isa):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_touches_no_byte_outside_its_buffers(isa, block_format, dtype, at_end):
-    raw = random_blocks(block_format, 41, 64)
+    k = columns(block_format, 2)
+    raw = random_blocks(block_format, 41, k)
     packed = guarded(pack_blocks(raw, block_format), at_end=at_end)
     for m in (1, 2, 3, 5, 19):
-        x = guarded(torch.randn(m, 64).to(dtype), at_end=at_end)
+        x = guarded(torch.randn(m, k).to(dtype), at_end=at_end)
         y = guarded(torch.zeros(m, 41, dtype=dtype), at_end=at_end)
         _C.matmul_w4a8_cpu(x, packed, block_format, y)
         assert_within_rounding(y, x, raw, block_format)
@@ -190,7 +203,8 @@ def test_writes_only_its_columns(isa):
 @pytest.mark.parametrize("num_rows", [1, 9])
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_nan_and_inf_of_an_activation_make_their_row_nan(isa, block_format, num_rows):
-    x, raw = torch.randn(num_rows + 1, 64), random_blocks(block_format, 20, 64)
+    k = columns(block_format, 2)
+    x, raw = torch.randn(num_rows + 1, k), random_blocks(block_format, 20, k)
     for bad in (torch.nan, torch.inf, -torch.inf):
         x[0, 40] = bad
         y = run(x, raw, block_format)
@@ -201,10 +215,11 @@ def test_nan_and_inf_of_an_activation_make_their_row_nan(isa, block_format, num_
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("block_format", FORMATS)
 def test_nan_and_inf_of_a_scale_stay_in_their_column(isa, block_format, bad):
-    raw = random_blocks(block_format, 20, 64).reshape(20, 2, -1)
-    raw[3, 1, :2] = torch.tensor([bad], dtype=torch.float16).view(torch.uint8)
+    k, at = columns(block_format, 2), scale_offsets(block_format)[0]
+    raw = random_blocks(block_format, 20, k).reshape(20, 2, -1)
+    raw[3, 1, at : at + 2] = torch.tensor([bad], dtype=torch.float16).view(torch.uint8)
     for m in (1, 9):
-        y = run(torch.randn(m, 64), raw.flatten(1), block_format)
+        y = run(torch.randn(m, k), raw.flatten(1), block_format)
         assert not y[:, 3].isfinite().any()
         assert y[:, [c for c in range(20) if c != 3]].isfinite().all()
 
@@ -264,7 +279,8 @@ def test_error_names_the_op_the_argument_and_both_values(device):
         ({"num_rows": 33}, r"packed: expected shape \(1728,\)"),
         ({"num_rows": -1}, r"num_rows: expected a count, got -1"),
         ({"packed": packed.to(torch.int8)}, r"packed: expected torch.uint8, got torch.int8"),
-        ({"block_format": "q5_0"}, r"block_format: expected q4_0 or q4_1 or q8_0, got 'q5_0'"),
+        ({"block_format": "q4_2"}, r"block_format: expected one of q4_0, .*, got 'q4_2'"),
+        ({"block_format": "q6_k"}, r"x: expected a last dimension that is a multiple of 256, got 64"),
         ({"block_format": "q4_1"}, r"packed: expected shape \(1280,\), q4_1"),
         ({"out_dtype": torch.float16}, r"out_dtype: expected torch.float32 or torch.bfloat16, got torch.float16"),
     ]:
@@ -279,7 +295,7 @@ def test_binding_checks_for_itself():
         ((x, packed[1:], "q4_0", y), r"packed: expected 288 bytes \(q4_0, 4 rows of 32\), got 287"),
         ((x, packed, "q4_0", y[:1]), r"y: expected shape \(2, \*\), got shape \(1, 4\)"),
         ((x, packed, "q4_0", y.double()), r"y: expected float32 or bfloat16, got float64"),
-        ((x, packed, "f16", y), r"block_format: expected q4_0, q4_1 or q8_0, got 'f16'"),
+        ((x, packed, "f16", y), r"block_format: expected one of q4_0, .*, got 'f16'"),
     ]:
         with pytest.raises(ArgumentError, match=r"\[matmul_w4a8\] " + text):
             _C.matmul_w4a8_cpu(*arguments)

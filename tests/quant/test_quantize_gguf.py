@@ -330,7 +330,7 @@ def check_error(kind, match, path, out, **options):
 @pytest.mark.parametrize("argument", ["weights", "embedding"])
 def test_unknown_format(tied, tmp_path, argument):
     check_error(
-        ArgumentError, f"^{argument}: expected one of .*q4_1.*'q5_0'", tied, tmp_path / "o", **{argument: "q5_0"}
+        ArgumentError, f"^{argument}: expected one of .*q4_1.*'q3_k'", tied, tmp_path / "o", **{argument: "q3_k"}
     )
 
 
@@ -401,9 +401,9 @@ def test_stored_format_that_is_not_read(tied, tmp_path):
     quantize_to_gguf(tied, tmp_path / "model.gguf", weights="float32", embedding="float32")
     file = open_gguf(tmp_path / "model.gguf")
     tensors = dict(file)
-    tensors["blk.0.attn_q.weight"] = GgufTensor(np.zeros(64 * 2 * 18, np.uint8), "IQ4_NL", (64, 64))
-    write_gguf(tmp_path / "iq4.gguf", file.metadata, tensors, file.metadata_types)
-    check_error(BackendUnavailable, "IQ4_NL", tmp_path / "iq4.gguf", tmp_path / "out.gguf")
+    tensors["blk.0.attn_q.weight"] = GgufTensor(np.zeros(64 * 2 * 17, np.uint8), "MXFP4", (64, 64))
+    write_gguf(tmp_path / "mxfp4.gguf", file.metadata, tensors, file.metadata_types)
+    check_error(BackendUnavailable, "MXFP4", tmp_path / "mxfp4.gguf", tmp_path / "out.gguf")
 
 
 def test_missing_model(tmp_path):

@@ -1,18 +1,18 @@
-// matmul_w4a16 -- the product with low-bit block weights and float activations: q4_0, q4_1 and q8_0 (the name is that
-// of the family), each weight at its exact value.
+// matmul_w4a16 -- the product with low-bit block weights and float activations, for every format of block_weights.h (the
+// name is that of the family), each weight at its exact value.
 //
 // Math       y[m,n] = sum_k x[m,k] * w[n,k]
 // Shapes     x [M, K], y [M, N]: last dimension contiguous, row strides in elements; weight N x K, see block_weights.h
 // Numerics   x and y f32 | bf16, each on its own; arithmetic in f32, one rounding at the store. With round_x, x is f32
-//            that is rounded to bf16 first, and all that is said of bf16 x holds. With the code c = q - 8 (q4_*) or q
-//            (q8_0), a group g of 32 k contributes
+//            that is rounded to bf16 first, and all that is said of bf16 x holds. With the code c = q - z, a scale group
+//            of 32 (or 16) k with its d and m contributes
 //              s = fma(c[31], x[31], ... fma(c[1], x[1], fma(c[0], x[0], 0)))      k ascending
 //              total = fma(d, s, total)
-//              q4_1: total = fma(m', sum_x[g], total) with m' = fma(8, d, m), rounded once (d*q + m = d*(q-8) + m')
-//            level avx512_bf16, x bf16: s is (the chain over the first 16 k) + (that over the last 16), each in the order
-//            2 0, 3 1, 6 4, 7 5, ... 15 13; subnormal x and s count as zero (the pairs of VDPBF16PS)
+//              with a minimum: total = fma(m', sum_x, total), m' = fma(z, d, m) rounded once (d*q + m = d*(q-z) + m')
+//            level avx512_bf16, x bf16: each 16 k have a chain of their own, in the order 2 0, 3 1, 6 4, 7 5, ... 15 13,
+//            and s of 32 k is the sum of its two; subnormal x and s count as zero (the pairs of VDPBF16PS)
 //            level amx, x bf16: s is (the same chain over even k) + (that over odd k); subnormal x and s count as zero
-//            groups ascending; sum_x is x[0..15] + x[16..31], then halves added until one is left
+//            groups ascending; sum_x of 16 x halves until one is left: x[0..7] + x[8..15], and so on; of 32 x likewise
 // Writes     y is overwritten; it may not overlap x or the workspace
 // Order      an element of y depends on its row of x and its row of w alone, and its bits are the same on every ISA
 //            level, but for bf16 x on avx512_bf16 and amx
@@ -40,10 +40,13 @@ struct MatmulW4A16 {
   bool x_is_bf16() const { return x_dtype == DType::bf16 || round_x; }
 };
 
-// The workspace holds x in f32 [M, K] where it is, or is rounded to, bf16, then sum_x [M, K/32] where the format is q4_1.
+// The workspace holds x in f32 [M, K] where it is, or is rounded to, bf16, then sum_x where the format has a minimum:
+// [M, K/32], or [M, K/16] after room for those, so that weights of several formats can share the workspace of one x.
 static constexpr int64_t matmul_w4a16_workspace_floats(BlockFormat format, bool x_is_bf16, int64_t num_rows,
                                                        int64_t num_cols) {
-  return (x_is_bf16 ? num_rows * num_cols : 0) + (format == BlockFormat::q4_1 ? num_rows * (num_cols / kBlockSize) : 0);
+  const int64_t num_groups = num_rows * (num_cols / kBlockSize);
+  return (x_is_bf16 ? num_rows * num_cols : 0) +
+         (has_min(format) ? num_groups * (scale_groups(format) == 1 ? 1 : 3) : 0);
 }
 
 void matmul_w4a16_cpu(const MatmulW4A16& args);  // brings its own workspace: args.workspace is not read

@@ -1,16 +1,16 @@
-// matmul_w4a8 -- the product with low-bit block weights and activations rounded to int8 in groups of 32: q4_0, q4_1 and
-// q8_0 weights (the name is that of the family), each at its exact value.
+// matmul_w4a8 -- the product with low-bit block weights and activations rounded to int8 in groups of 32, for every
+// format of block_weights.h (the name is that of the family), each weight at its exact value.
 //
 // Math       y[m,n] = sum_k xq[m,k] * dx[m,k/32] * w[n,k]
 //            a group of x with the largest magnitude a:  dx = a / 127,  xq = round_half_even(x * (127 / a))
 //            a < 2^-100: dx = 0, xq = 0;  a NaN or an infinity in the group: dx = NaN, xq = 0, so y[m] is NaN
 // Shapes     x [M, K], y [M, N]: last dimension contiguous, row strides in elements; weight N x K, see block_weights.h
-// Layout     a quantised row is int8 xq [K], then f32 dx [K/32], then int32 sum(xq) [K/32]; rows follow without gaps,
-//            the first one aligned to 4 bytes
-// Numerics   x and y f32 | bf16, each on its own. Per group g of 32 k, ascending:
-//              i = sum_k (q - z) * xq                       exact in int32; z = 8 (q4_0), 0 (q4_1; q unsigned), 0 (q8_0)
+// Layout     a quantised row is int8 xq [K], then f32 dx [K/32], then int32 sum(xq) [K/32], then the int32 sums of the
+//            first 16 of each 32 [K/32]; rows follow without gaps, the first one aligned to 4 bytes
+// Numerics   x and y f32 | bf16, each on its own. Per scale group (of 32 or 16 k, with its d and m), ascending:
+//              i = sum_k (q - z) * xq                       exact in int32; formats with a minimum: z = 0
 //              total = fma(float(i), d * dx, total)
-//              q4_1: total = fma(m * dx, float(sum(xq)), total)
+//              with a minimum: total = fma(m * dx, float(sum(xq)), total)
 //            one rounding at the store. Against matmul_w4a16 each x moves by at most dx / 2 (and one f32 rounding)
 // Writes     y is overwritten; it may not overlap x or the quantised rows
 // Order      an element of y depends on its row of x and its row of w alone, and its bits are the same on every ISA
@@ -37,7 +37,7 @@ struct MatmulW4A8 {
 };
 
 static constexpr int64_t quantized_row_bytes(int64_t num_cols) {
-  return num_cols + num_cols / kBlockSize * static_cast<int64_t>(sizeof(float) + sizeof(int32_t));
+  return num_cols + num_cols / kBlockSize * static_cast<int64_t>(sizeof(float) + 2 * sizeof(int32_t));
 }
 
 void matmul_w4a8_cpu(const MatmulW4A8& args);  // brings its own quantised rows: args.quantized is not read
