@@ -13,16 +13,18 @@ namespace {
 
 constexpr Check kCheck{"adapter"};
 
+// numpy has no bfloat16: uint16 holds its bits.
 MatmulPack packing(const Tensor& w, const char* name) {
-  kCheck.dtype(w, name, {DType::f32, DType::bf16});
+  kCheck.dtype(w, name, {DType::f32, DType::bf16, DType::u16});
   kCheck.shape(w, name, {-1, -1});
+  const DType dtype = w.dtype == DType::f32 ? DType::f32 : DType::bf16;
   return {.w = w.data,
           .w_row_stride = w.strides[0],
           .w_col_stride = w.strides[1],
           .num_rows = w.shape[0],
           .num_cols = w.shape[1],
-          .w_dtype = w.dtype,
-          .packed_dtype = w.dtype,
+          .w_dtype = dtype,
+          .packed_dtype = dtype,
           .packed = nullptr};
 }
 
