@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": {"nn", "models", "data", "tokenizer", "formats"},
     "recipes": TORCH | {"data", "evals", "quant", "infer"},
     "demo": TORCH | {"data", "evals", "quant", "infer", "report", "calibrate", "recipes"},
-    "testing": {"_C", "reference", "ops", "spec", "families", "tokenizer", "formats"},
+    "testing": {"_C", "reference", "ops", "spec", "families", "tokenizer", "formats", "adapters"},
 }
 NO_TORCH = {
     "errors",

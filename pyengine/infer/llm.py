@@ -405,7 +405,7 @@ class LLM:
 
     def _adapters_of(self, adapter: AdapterNames, num_prompts: int) -> list[_C.Adapter | None]:
         """The adapter of each prompt."""
-        if adapter is None or isinstance(adapter, str):
+        if isinstance(adapter, str) or not isinstance(adapter, SequenceOf):
             return [self._adapters.get(adapter)] * num_prompts
         if len(adapter) != num_prompts:
             raise ArgumentError(f"adapter: expected one, or {num_prompts}, one per prompt, got {len(adapter)}")

@@ -46,14 +46,18 @@ CASES = {
     "llama_regex": (
         "llama",
         {},
-        {"target_modules": r".*\.(1\.self_attn\.[qo]|0\.mlp\.(up|gate))_proj", "exclude_modules": ["gate_proj"], "r": 5},
+        {
+            "target_modules": r".*\.(1\.self_attn\.[qo]|0\.mlp\.(up|gate))_proj",
+            "exclude_modules": ["gate_proj"],
+            "r": 5,
+        },
     ),
     "llama_exclude": (
         "llama",
         {},
         {"target_modules": "all-linear", "exclude_modules": ["layers.1.mlp.down_proj", "k_proj"], "r": 5},
     ),
-    "llama_rank_256": ("llama", {}, {"target_modules": ["o_proj", "gate_proj"], "r": 256, "lora_alpha": 16}),
+    "llama_rank_256": ("llama", {}, {"target_modules": ["o_proj", "gate_proj"], "r": 256, "lora_alpha": 512}),
     "mistral": ("mistral", {"sliding_window": 20}, {"target_modules": "all-linear", "r": 8}),
     "qwen2": ("qwen2", {}, {"target_modules": "all-linear", "r": 8}),
     "qwen3": ("qwen3", {"head_dim": 24}, {"target_modules": "all-linear", "r": 8}),
