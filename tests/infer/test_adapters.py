@@ -21,7 +21,8 @@ from pyengine.testing.random_adapter import write_random_adapter
 
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, seed=5, ignore_eos=True, logprobs=1)
-CASES = [("float32", "exact"), ("bfloat16", "exact"), ("q8_0", "exact"), ("q4_1", "exact"), ("q4_1", "fast")]
+CASES = [("float32", "exact"), ("bfloat16", "exact"), ("q8_0", "exact")]
+CASES += [("q4_1", mode) for mode in ("exact", "bf16", "fast")]
 NAMES = [None, "all", "qv", "wide"]
 PAGE = 16
 
