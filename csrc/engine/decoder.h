@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/adapters.h"
 #include "engine/kv_cache.h"
 #include "engine/model.h"
 #include "engine/phases.h"
@@ -22,8 +23,8 @@
 namespace pe {
 
 // Kinds of phases, for the profile.
-enum class PhaseKind : int { embed, norm, qkv, rope, attention, o, gate_up, swiglu, down, head, logprob };
-constexpr int kNumPhaseKinds = 11;
+enum class PhaseKind : int { embed, norm, qkv, rope, attention, o, gate_up, swiglu, down, head, logprob, lora };
+constexpr int kNumPhaseKinds = 12;
 const char* phase_kind_name(PhaseKind kind);
 
 struct Profile {
@@ -36,8 +37,11 @@ class Decoder {
   // max_tokens: the most tokens of one step.
   Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache, int64_t max_tokens);
 
-  // A new sequence; with a salt it shares full pages with others of the same salt, tokens and ISA level.
-  int32_t add_sequence(std::optional<std::string> salt);
+  // A new sequence, computed with `adapter` if there is one, which is kept alive until the sequence is freed; with a salt
+  // it shares full pages with others of the same salt, adapter, tokens and ISA level.
+  int32_t add_sequence(std::optional<std::string> salt, std::shared_ptr<const Adapter> adapter = nullptr);
+  int32_t fork_sequence(int32_t seq);
+  void free_sequence(int32_t seq);
 
   // Appends token_ids[t] to sequence seqs[t] for every t (tokens of one sequence in order; slots claimed by grow
   // before) and computes what `outputs` asks for. Throws ArgumentError for bad ids, sequences or rows, and changes
@@ -88,6 +92,9 @@ class Decoder {
   // Rows, positions and pages of this step; the buffers of layer i.
   AttentionDecode attention_of(int64_t layer) const;
   void attend(Phases::Worker& worker, int64_t layer);
+  std::vector<AdapterBuffers> adapter_buffers() const;
+  // Adds what the adapters of the rows add to a product of the layer.
+  void adapt(Phases::Worker& worker, int64_t layer, AdapterSlot slot);
   void mark(Phases::Worker& worker, PhaseKind kind);
 
   std::shared_ptr<const Model> model_;
@@ -110,6 +117,9 @@ class Decoder {
   std::unique_ptr<Arena> scratch_;  // of attention, scratch_bytes_ per worker
   uint8_t* scratch_base_ = nullptr;
   size_t scratch_bytes_ = 0;
+  std::vector<std::shared_ptr<const Adapter>> adapters_;  // of each sequence
+  std::vector<AdapterBuffers> adapter_buffers_;           // [num_layers * kNumAdapterSlots]
+  AdapterPlan adapter_plan_;
   Profile profile_;
   double last_mark_ = 0;
 };

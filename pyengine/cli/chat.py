@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from pyengine.cli.options import engine_options, sampling_options, speculation, speculation_options
+from pyengine.cli.options import (
+    adapter_option,
+    engine_options,
+    load_adapter,
+    sampling_options,
+    speculation,
+    speculation_options,
+)
 
 
 @click.command("chat")
@@ -15,6 +22,7 @@ from pyengine.cli.options import engine_options, sampling_options, speculation, 
 @click.option("--system", default=None, help="Instructions that stand before the conversation.")
 @click.option("--message", "-m", multiple=True, help="Say this and leave; several are several turns.")
 @click.option("--explain", "show_explain", is_flag=True, help="Print what was chosen, and the speed of each answer.")
+@adapter_option
 @engine_options
 @speculation_options
 @sampling_options
@@ -23,6 +31,7 @@ def command(
     system: str | None,
     message: tuple[str, ...],
     show_explain: bool,
+    adapter: str | None,
     weights: str,
     mode: str,
     threads: int | None,
@@ -49,6 +58,7 @@ def command(
         max_context=max_context,
         speculation=speculation(method, draft_model, num_speculative_tokens),
     )
+    name = load_adapter(llm, adapter)
     params = SamplingParams(**sampling)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     if show_explain:
@@ -61,7 +71,7 @@ def command(
         messages.append({"role": "user", "content": text})
         start = time.perf_counter()
         answer, num_tokens = "", 0
-        for piece in llm.chat(messages, params, stream=True):
+        for piece in llm.chat(messages, params, stream=True, adapter=name):
             click.echo(piece.text, nl=False)
             answer += piece.text
             num_tokens += len(piece.token_ids)

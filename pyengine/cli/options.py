@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from pyengine.infer import LLM
     from pyengine.infer.speculation import Speculation
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -89,6 +90,18 @@ def speculation(method: str, draft_model: str | None, num_speculative_tokens: in
     if chosen is None:
         raise click.UsageError("--num-speculative-tokens: expected --speculation or --draft-model beside it")
     return replace(chosen, num_speculative_tokens=num_speculative_tokens)
+
+
+def adapter_option(function: F) -> F:
+    """--adapter."""
+    return click.option(
+        "--adapter", type=click.Path(), default=None, help="Folder of a low-rank adapter in the format of PEFT."
+    )(function)
+
+
+def load_adapter(llm: LLM, path: str | None) -> str | None:
+    """The name that the adapter of --adapter is served by."""
+    return None if path is None else llm.load_adapter("adapter", path).name
 
 
 def sampling_options(function: F) -> F:

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from pyengine.cli.options import engine_options
+from pyengine.cli.options import adapter_option, engine_options, load_adapter
 
 
 @click.command("score")
@@ -14,12 +14,14 @@ from pyengine.cli.options import engine_options
 @click.argument("prompt")
 @click.argument("completions", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per completion, with every token.")
+@adapter_option
 @engine_options
 def command(
     model: str,
     prompt: str,
     completions: tuple[str, ...],
     as_json: bool,
+    adapter: str | None,
     weights: str,
     mode: str,
     threads: int | None,
@@ -33,7 +35,8 @@ def command(
     from pyengine.infer import LLM
 
     llm = LLM(model, weights=weights, mode=mode, threads=threads, max_context=max_context)
-    scores = llm.score([prompt] * len(completions), completions)
+    name = load_adapter(llm, adapter)
+    scores = llm.score([prompt] * len(completions), completions, adapter=name)
     for text, score in zip(completions, scores, strict=True):
         if as_json:
             row = {"completion": text, "logprob": score.total, "token_ids": score.token_ids, "logprobs": score.logprobs}

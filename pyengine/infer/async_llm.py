@@ -10,10 +10,12 @@ import queue
 import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
 from pyengine.errors import ArgumentError, BackendUnavailable, CapacityError
+from pyengine.infer.adapters import AdapterInfo
 from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.llm import LLM, Prompt
 from pyengine.infer.outputs import Completion, TextPiece
@@ -49,20 +51,41 @@ class AsyncLLM:
         weakref.finalize(self, self._engine.stop)
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        adapter: str | None = None,
     ) -> Completion:
         """Complete one prompt; see LLM.generate."""
-        async with contextlib.aclosing(self._pieces(prompt, params, priority, cache_salt, is_stream=False)) as pieces:
+        options = _Options(priority, cache_salt, adapter)
+        async with contextlib.aclosing(self._pieces(prompt, params, options, is_stream=False)) as pieces:
             async for piece in pieces:
                 if piece.completion is not None:
                     return piece.completion
         raise AssertionError("a request ends with a completion or an exception")
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        adapter: str | None = None,
     ) -> AsyncIterator[TextPiece]:
         """Complete one prompt piece by piece; the request starts with the first piece that is asked for."""
-        return self._pieces(prompt, params, priority, cache_salt, is_stream=True)
+        return self._pieces(prompt, params, _Options(priority, cache_salt, adapter), is_stream=True)
+
+    async def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
+        """See LLM.load_adapter. Requests run on meanwhile."""
+        return await asyncio.to_thread(self.llm.load_adapter, name, path)
+
+    def drop_adapter(self, name: str) -> None:
+        """See LLM.drop_adapter."""
+        self.llm.drop_adapter(name)
 
     @property
     def num_requests(self) -> int:
@@ -83,7 +106,7 @@ class AsyncLLM:
         await self.close()
 
     async def _pieces(
-        self, prompt: Prompt, params: SamplingParams | None, priority: int, cache_salt: str, *, is_stream: bool
+        self, prompt: Prompt, params: SamplingParams | None, options: _Options, *, is_stream: bool
     ) -> AsyncGenerator[TextPiece, None]:
         with self._engine.place() as place:
             if params is not None and params.num_drawn != 1:
@@ -92,8 +115,7 @@ class AsyncLLM:
                 )
 
             def start() -> Sequence:
-                group = self.llm._start([prompt], params, stream=is_stream, priority=priority, cache_salt=cache_salt)
-                return group[0][0]
+                return self.llm._start([prompt], params, stream=is_stream, **asdict(options))[0][0]
 
             # Encoding a text, compiling a grammar and scoring a prompt take a while.
             place.sequence = await asyncio.to_thread(start)
@@ -106,6 +128,15 @@ class AsyncLLM:
                 yield item
                 if item.completion is not None:
                     return
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a request says beside its params."""
+
+    priority: int
+    cache_salt: str
+    adapter: str | None
 
 
 class _Place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from pyengine import _C
 from pyengine.infer.speculation import PromptLookup
 
 if TYPE_CHECKING:
+    from pyengine.infer.adapters import AdapterInfo
     from pyengine.infer.loader import LoadedModel
     from pyengine.infer.scheduler import SchedulerStats
     from pyengine.infer.speculation import Speculation
@@ -48,6 +50,7 @@ class Explanation:
     speculation: dict[str, Any] | None = None
     """Method, tokens that were proposed and accepted, steps with proposals, and steps that went without because they
     had not paid; or None."""
+    adapters: list[AdapterInfo] = field(default_factory=list)
     profile: dict[str, Any] = field(default_factory=dict)
     """Steps, tokens, and seconds by kind of phase since the model was loaded."""
 
@@ -76,6 +79,11 @@ class Explanation:
                 f"guesses   {c['method']}: {c['num_accepted_tokens']} of {c['num_proposed_tokens']} proposed tokens "
                 f"accepted in {c['num_verify_steps']} steps, off in {c['num_declined_steps']}"
             )
+        for adapter in self.adapters:
+            lines.append(
+                f"adapter   {adapter.name}: {adapter.path}, {adapter.content_id}, rank {adapter.rank}, "
+                f"{adapter.num_modules} modules, {adapter.num_bytes / 1e6:.1f} MB"
+            )
         seconds = self.profile.get("seconds", {})
         total = sum(seconds.values())
         if total > 0:
@@ -85,7 +93,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(loaded: LoadedModel, stats: SchedulerStats | None, speculator: Speculator | None = None) -> Explanation:
+def explain(
+    loaded: LoadedModel,
+    stats: SchedulerStats | None,
+    speculator: Speculator | None = None,
+    adapters: Iterable[AdapterInfo] = (),
+) -> Explanation:
     """The explanation of a loaded model; `stats` where prefixes are cached."""
     info = _C.build_info()
     return Explanation(
@@ -104,6 +117,7 @@ def explain(loaded: LoadedModel, stats: SchedulerStats | None, speculator: Specu
         max_context=loaded.max_context,
         prefix_cache=None if stats is None else asdict(stats) | loaded.decoder.cache_stats(),
         speculation=None if speculator is None else {"method": _method(speculator.options)} | asdict(speculator.stats),
+        adapters=list(adapters),
         profile=loaded.decoder.profile(),
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
+from pyengine.infer.adapters import AdapterInfo, AdapterTable
 from pyengine.infer.beam_search import BeamSearchParams, beam_search
 from pyengine.infer.draft import DraftProposer, load_draft
 from pyengine.infer.engine_lock import EngineLock
@@ -32,6 +33,7 @@ from pyengine.spec import ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
 Prompt = str | SequenceOf[int]
+AdapterNames = str | SequenceOf[str | None] | None
 
 
 class LLM:
@@ -47,9 +49,9 @@ class LLM:
         threads: size of the native thread pool of this process; None keeps it.
         max_context: most tokens of one sequence; None takes the model's, at most 8192.
         cache_tokens: tokens that the key/value cache holds over all sequences; None takes max_context.
-        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations, and bfloat16 in
-            the modes that round. int8 has one scale per token and head, and holds 3.8 times the tokens of float32 in
-            the same memory.
+        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations, and bfloat16
+            in the modes that round. int8 has one scale per token and head, and holds 3.8 times the tokens of float32
+            in the same memory.
         max_batch_tokens: most tokens of one native step.
         prefix_cache: start a prompt behind the full pages that the cache still holds of it. Changes no bit of a result,
             only its time; requests with different `cache_salt` share nothing.
@@ -58,7 +60,8 @@ class LLM:
             a result either; it is off where it does not pay.
 
     `priority` of a request: higher goes first, and takes memory from lower. `cache_salt`: who may notice by the time
-    that a prompt takes that another one began alike: give each tenant a salt of its own.
+    that a prompt takes that another one began alike: give each tenant a salt of its own. `adapter`: the name of
+    a loaded adapter to compute it with.
 
     Safe to call from several threads, and streams may be interleaved: what runs at the same time shares native steps.
     """
@@ -97,6 +100,7 @@ class LLM:
         self._scheduler = Scheduler(self._runner, prefix_cache=prefix_cache, speculator=self._speculator)
         self._grammars = GrammarCompiler(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
         self._lock = EngineLock()
+        self._adapters = AdapterTable(self._loaded)
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> LLM:
@@ -122,6 +126,26 @@ class LLM:
     def max_context(self) -> int:
         return self._loaded.max_context
 
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
+        """Read a low-rank adapter in the format of PEFT, a folder, and serve it under `name`. Others run meanwhile.
+
+        Raises ModelFileError for files that are broken or do not fit the model, ArgumentError for a name in use,
+        CapacityError where no adapter more has room.
+        """
+        return self._adapters.load(name, path)
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter. Requests under way end with it, and its memory goes with the last of them; new requests
+        cannot name it, and nothing that the cache holds of it serves another that is loaded by this name."""
+        self._adapters.drop(name)
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The loaded adapters by name."""
+        return self._adapters.infos()
+
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate(
@@ -131,18 +155,27 @@ class LLM:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        adapter: AdapterNames = None,
     ) -> list[Completion]:
         """Complete each prompt; prompts run together, and each gets the same bits as alone.
 
-        A prompt is text or token ids. `params` is one for all, or one per prompt. Returns completions in order,
-        the n of a prompt side by side.
+        A prompt is text or token ids. `params` and `adapter` are one for all, or one per prompt. Returns completions in
+        order, the n of a prompt side by side.
         """
-        groups = self._start(_prompt_list(prompts), params, stream=False, priority=priority, cache_salt=cache_salt)
+        groups = self._start(
+            _prompt_list(prompts), params, stream=False, priority=priority, cache_salt=cache_salt, adapter=adapter
+        )
         self._run([sequence for group in groups for sequence in group])
         return [completion for group in groups for completion in _best(group)]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        adapter: str | None = None,
     ) -> Iterator[TextPiece]:
         """Complete one prompt piece by piece. Closing the iterator cancels the request.
 
@@ -150,7 +183,9 @@ class LLM:
         """
         if params is not None and params.best_of is not None:
             raise ArgumentError(f"best_of: expected None for a stream, got {params.best_of}")
-        (sequences,) = self._start([prompt], params, stream=True, priority=priority, cache_salt=cache_salt)
+        (sequences,) = self._start(
+            [prompt], params, stream=True, priority=priority, cache_salt=cache_salt, adapter=adapter
+        )
         return self._stream(sequences)
 
     @overload
@@ -160,6 +195,7 @@ class LLM:
         params: SamplingParams | None = ...,
         *,
         stream: Literal[False] = ...,
+        adapter: str | None = ...,
         **variables: Any,
     ) -> Completion: ...
     @overload
@@ -169,6 +205,7 @@ class LLM:
         params: SamplingParams | None = ...,
         *,
         stream: Literal[True],
+        adapter: str | None = ...,
         **variables: Any,
     ) -> Iterator[TextPiece]: ...
     def chat(
@@ -177,6 +214,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         stream: bool = False,
+        adapter: str | None = None,
         **variables: Any,
     ) -> Completion | Iterator[TextPiece]:
         """Answer a conversation, a list of {"role", "content"}, by the model's chat template; the first answer of n.
@@ -185,8 +223,8 @@ class LLM:
         """
         prompt = self.chat_prompt(messages, **variables)
         if stream:
-            return self.stream(prompt, params)
-        return self.generate([prompt], params)[0]
+            return self.stream(prompt, params, adapter=adapter)
+        return self.generate([prompt], params, adapter=adapter)[0]
 
     def chat_prompt(self, messages: SequenceOf[Mapping[str, Any]], **variables: Any) -> list[int]:
         """The token ids that a conversation becomes, with the prompt for the assistant's turn."""
@@ -194,20 +232,28 @@ class LLM:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def beam_search(
-        self, prompts: Prompt | SequenceOf[Prompt], params: BeamSearchParams | None = None
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: BeamSearchParams | None = None,
+        *,
+        adapter: AdapterNames = None,
     ) -> list[Completion]:
         """The likeliest completions of each prompt, `beam_width` side by side, best first; `index` is the rank.
 
         Every step computes each beam as a prompt of its own.
         """
         options = params or BeamSearchParams()
+        items = _prompt_list(prompts)
+        adapters = self._adapters_of(adapter, len(items))
         return [
             completion
-            for position, prompt in enumerate(_prompt_list(prompts))
-            for completion in self._search(self._prompt_ids(prompt, f"prompts[{position}]"), options)
+            for position, prompt in enumerate(items)
+            for completion in self._search(
+                self._prompt_ids(prompt, f"prompts[{position}]"), options, adapters[position]
+            )
         ]
 
-    def _search(self, prompt_ids: list[int], params: BeamSearchParams) -> list[Completion]:
+    def _search(self, prompt_ids: list[int], params: BeamSearchParams, adapter: _C.Adapter | None) -> list[Completion]:
         end = () if params.ignore_eos else self.spec.eos_token_ids
         num_logprobs = min(params.num_candidates(len(end)), self.spec.vocab_size)
 
@@ -217,7 +263,7 @@ class LLM:
                 Sequence.start(prompt_ids + ids, one, self.tokenizer, self.spec, index=0, stream=False) for ids in beams
             ]
             for sequence in sequences:
-                sequence.num_logprobs = num_logprobs
+                sequence.num_logprobs, sequence.adapter = num_logprobs, adapter
             self._run(sequences)
             return [sequence.logprobs[0].top for sequence in sequences]
 
@@ -238,7 +284,12 @@ class LLM:
     # --- scoring ------------------------------------------------------------------------------------------------------
 
     def score(
-        self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt], *, cache_salt: str = ""
+        self,
+        prompts: SequenceOf[Prompt],
+        completions: SequenceOf[Prompt],
+        *,
+        cache_salt: str = "",
+        adapter: AdapterNames = None,
     ) -> list[Score]:
         """Log-probability of every token of each completion after its prompt; the same bits as in generation.
 
@@ -248,10 +299,16 @@ class LLM:
         if len(prompts) != len(completions):
             raise ArgumentError(f"completions: expected {len(prompts)}, one per prompt, got {len(completions)}")
         salt = check_salt(cache_salt) if self._prefix_cache else None
+        adapters = self._adapters_of(adapter, len(prompts))
         with self._lock:
-            return [self._score(i, p, c, salt) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+            return [
+                self._score(i, p, c, salt, a)
+                for i, (p, c, a) in enumerate(zip(prompts, completions, adapters, strict=True))
+            ]
 
-    def _score(self, index: int, prompt: Prompt, completion: Prompt, salt: str | None) -> Score:
+    def _score(
+        self, index: int, prompt: Prompt, completion: Prompt, salt: str | None, adapter: _C.Adapter | None
+    ) -> Score:
         prompt_ids = self._encode(prompt, f"prompts[{index}]")
         ids = self._encode(completion, f"completions[{index}]", add_special_tokens=False)
         if not prompt_ids:
@@ -266,19 +323,21 @@ class LLM:
         self._check_length(len(prompt_ids) + len(ids), f"prompts[{index}]")
         inputs = np.array((prompt_ids + ids)[:-1], np.int32)
         targets = np.concatenate([np.zeros(len(prompt_ids) - 1, np.int32), np.array(ids, np.int32)])
-        logprobs = self._runner.target_logprobs(inputs, targets, len(prompt_ids) - 1, salt)
+        logprobs = self._runner.target_logprobs(inputs, targets, len(prompt_ids) - 1, salt, adapter)
         return Score(ids, logprobs.tolist())
 
-    def logits(self, token_ids: SequenceOf[int]) -> np.ndarray:
+    def logits(self, token_ids: SequenceOf[int], *, adapter: str | None = None) -> np.ndarray:
         """Logits after each token of one sequence: float32 [len(token_ids), vocab_size]."""
         ids = self._encode(token_ids, "token_ids")
         self._check_length(len(ids), "token_ids")
+        native = self._adapters.get(adapter)
         with self._lock:
-            return self._runner.logits(np.array(ids, np.int32))
+            return self._runner.logits(np.array(ids, np.int32), native)
 
     def explain(self) -> Explanation:
         """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
-        return explain(self._loaded, self._scheduler.stats if self._prefix_cache else None, self._speculator)
+        stats = self._scheduler.stats if self._prefix_cache else None
+        return explain(self._loaded, stats, self._speculator, self._adapters.infos().values())
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
@@ -338,6 +397,7 @@ class LLM:
         stream: bool,
         priority: int = 0,
         cache_salt: str = "",
+        adapter: AdapterNames = None,
     ) -> list[list[Sequence]]:
         """The sequences of each prompt, checked; none runs yet."""
         check_priority(priority)
@@ -346,13 +406,32 @@ class LLM:
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ArgumentError(f"params: expected one, or {len(prompts)}, one per prompt, got {len(params)}")
-        groups = [self._start_prompt(i, p, o, stream) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
+        adapters = self._adapters_of(adapter, len(prompts))
+        groups = [
+            self._start_prompt(i, p, o, stream, a)
+            for i, (p, o, a) in enumerate(zip(prompts, params, adapters, strict=True))
+        ]
         for group in groups:
             for sequence in group:
                 sequence.priority, sequence.cache_salt = priority, cache_salt
         return groups
 
-    def _start_prompt(self, position: int, prompt: Prompt, params: SamplingParams, stream: bool) -> list[Sequence]:
+    def _adapters_of(self, adapter: AdapterNames, num_prompts: int) -> list[_C.Adapter | None]:
+        """The adapter of each prompt."""
+        if isinstance(adapter, str) or not isinstance(adapter, SequenceOf):
+            return [self._adapters.get(adapter)] * num_prompts
+        if len(adapter) != num_prompts:
+            raise ArgumentError(f"adapter: expected one, or {num_prompts}, one per prompt, got {len(adapter)}")
+        return [self._adapters.get(name, f"adapter[{i}]") for i, name in enumerate(adapter)]
+
+    def _start_prompt(
+        self,
+        position: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        stream: bool,
+        adapter: _C.Adapter | None,
+    ) -> list[Sequence]:
         ids = self._prompt_ids(prompt, f"prompts[{position}]")
         room = self.max_context - len(ids)
         if params.max_tokens > room:
@@ -372,9 +451,11 @@ class LLM:
             )
             for index in range(params.num_drawn)
         ]
+        for sequence in sequences:
+            sequence.adapter = adapter
         if params.prompt_logprobs is not None:
             with self._lock:
-                logprobs = self._runner.prompt_logprobs(np.array(ids, np.int32), params.prompt_logprobs)
+                logprobs = self._runner.prompt_logprobs(np.array(ids, np.int32), params.prompt_logprobs, adapter)
             for sequence in sequences:
                 sequence.prompt_logprobs = logprobs
         return sequences

@@ -55,35 +55,44 @@ class Runner:
         pairs = zip(sequences, counts, strict=True)
         return ids, _logprobs(drawn, most, [s.num_logprobs for s, count in pairs for _ in range(count)]), counts
 
-    def logits(self, token_ids: Int32) -> Float32:
+    def logits(self, token_ids: Int32, adapter: _C.Adapter | None = None) -> Float32:
         """Logits after each token of a sequence of its own: [T, vocab_size]."""
         out = np.empty((len(token_ids), self.vocab_size), np.float32)
-        self._walk(token_ids, out, None, None)
+        self._walk(token_ids, out, None, None, adapter=adapter)
         return out
 
-    def target_logprobs(self, token_ids: Int32, targets: Int32, first: int, salt: str | None = None) -> Float32:
+    def target_logprobs(
+        self,
+        token_ids: Int32,
+        targets: Int32,
+        first: int,
+        salt: str | None = None,
+        adapter: _C.Adapter | None = None,
+    ) -> Float32:
         """Log-probability of targets[i] after token i of a sequence of its own, for i >= first: [T - first].
 
         With a salt, tokens before `first` may come from the cache.
         """
         out = np.empty(len(token_ids), np.float32)
-        self._walk(token_ids, None, targets, out, first, salt)
+        self._walk(token_ids, None, targets, out, first, salt, adapter)
         return out[first:]
 
-    def prompt_logprobs(self, token_ids: Int32, num_top: int) -> list[TokenLogprobs | None]:
+    def prompt_logprobs(
+        self, token_ids: Int32, num_top: int, adapter: _C.Adapter | None = None
+    ) -> list[TokenLogprobs | None]:
         """Log-probability of every token of a sequence of its own after those before it, and the `num_top` likeliest
         tokens in its place; None for the first."""
         num_rows = len(token_ids) - 1
         targets = np.ascontiguousarray(token_ids[1:])
         if num_top == 0:
-            values = self.target_logprobs(token_ids[:-1], targets, 0).tolist() if num_rows else []
+            values = self.target_logprobs(token_ids[:-1], targets, 0, adapter=adapter).tolist() if num_rows else []
             return [None, *map(TokenLogprobs, targets.tolist(), values)]
         out: list[TokenLogprobs | None] = [None]
         size = min(self.max_tokens, _MOST_RANKED_ROWS)
         logits = np.empty((size, self.vocab_size), np.float32)
         logprobs = np.empty(size, np.float32)
         states = [_C.SampleState(self.vocab_size) for _ in range(size)]
-        seq = self.decoder.add_sequence()
+        seq = self.decoder.add_sequence(adapter=adapter)
         try:
             for begin in range(0, num_rows, size):
                 count = min(size, num_rows - begin)
@@ -114,8 +123,9 @@ class Runner:
         logprobs: Float32 | None,
         first: int = 0,
         salt: str | None = None,
+        adapter: _C.Adapter | None = None,
     ) -> None:
-        seq = self.decoder.add_sequence(salt)
+        seq = self.decoder.add_sequence(salt, adapter)
         try:
             for begin in range(self.decoder.adopt_prefix(seq, token_ids[:first]), len(token_ids), self.max_tokens):
                 chunk = token_ids[begin : begin + self.max_tokens]

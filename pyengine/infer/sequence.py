@@ -56,6 +56,8 @@ class Sequence:
     """Higher goes first."""
     cache_salt: str = ""
     """Pages are shared with sequences of the same salt only."""
+    adapter: _C.Adapter | None = None
+    """It is computed with this one, whatever happens to the name that it was loaded by."""
     order: tuple[int, int] = (0, 0)
     """Place in the scheduler's queues."""
     pieces: list[str] = field(default_factory=list)
