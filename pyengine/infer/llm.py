@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -14,16 +13,18 @@ import numpy as np
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.infer.beam_search import BeamSearchParams, beam_search
+from pyengine.infer.driver import Driver
 from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.explain import Explanation, explain
 from pyengine.infer.grammar import GrammarCompiler
 from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
-from pyengine.infer.outputs import Completion, Score, TextPiece
+from pyengine.infer.outputs import Completion, Score, TextPiece, TokenLogprobs
+from pyengine.infer.reading import LogitsReading, RankReading, TargetReading
 from pyengine.infer.runner import Runner
 from pyengine.infer.sample_state import encode_bad_words
 from pyengine.infer.sampling_params import SamplingParams
 from pyengine.infer.scheduler import Scheduler, check_priority, check_salt
-from pyengine.infer.sequence import Sequence
+from pyengine.infer.sequence import KeptPages, Sequence
 from pyengine.spec import ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
@@ -79,11 +80,12 @@ class LLM:
             max_batch_tokens=max_batch_tokens,
         )
         self._loaded: LoadedModel = load_model(model, options)
-        self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size)
+        self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size, self._loaded.spec.hidden_size)
         self._prefix_cache = prefix_cache
         self._scheduler = Scheduler(self._runner, prefix_cache=prefix_cache)
         self._grammars = GrammarCompiler(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
         self._lock = EngineLock()
+        self._driver = Driver(self._scheduler, self._lock, self._runner.max_tokens)
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> LLM:
@@ -125,7 +127,7 @@ class LLM:
         the n of a prompt side by side.
         """
         groups = self._start(_prompt_list(prompts), params, stream=False, priority=priority, cache_salt=cache_salt)
-        self._run([sequence for group in groups for sequence in group])
+        self._driver.run([sequence for group in groups for sequence in group])
         return [completion for group in groups for completion in _best(group)]
 
     def stream(
@@ -138,7 +140,7 @@ class LLM:
         if params is not None and params.best_of is not None:
             raise ArgumentError(f"best_of: expected None for a stream, got {params.best_of}")
         (sequences,) = self._start([prompt], params, stream=True, priority=priority, cache_salt=cache_salt)
-        return self._stream(sequences)
+        return self._driver.stream(sequences)
 
     @overload
     def chat(
@@ -185,7 +187,7 @@ class LLM:
     ) -> list[Completion]:
         """The likeliest completions of each prompt, `beam_width` side by side, best first; `index` is the rank.
 
-        Every step computes each beam as a prompt of its own.
+        A beam goes on from the pages of the one that it came from: a step computes one token of each.
         """
         options = params or BeamSearchParams()
         return [
@@ -197,18 +199,30 @@ class LLM:
     def _search(self, prompt_ids: list[int], params: BeamSearchParams) -> list[Completion]:
         end = () if params.ignore_eos else self.spec.eos_token_ids
         num_logprobs = min(params.num_candidates(len(end)), self.spec.vocab_size)
+        params = replace(params, max_tokens=min(params.max_tokens, self.max_context - len(prompt_ids)))
+        one = SamplingParams(max_tokens=1, ignore_eos=True)
+        # Pages of the beams of the last step, by their tokens.
+        kept: dict[tuple[int, ...], KeptPages] = {}
 
         def next_logprobs(beams: list[list[int]]) -> list[dict[int, float]]:
-            one = SamplingParams(max_tokens=1, ignore_eos=True)
+            nonlocal kept
             sequences = [
                 Sequence.start(prompt_ids + ids, one, self.tokenizer, self.spec, index=0, stream=False) for ids in beams
             ]
-            for sequence in sequences:
+            for ids, sequence in zip(beams, sequences, strict=True):
                 sequence.num_logprobs = num_logprobs
-            self._run(sequences)
+                sequence.origin, sequence.kept = kept.get(tuple(ids[:-1])), KeptPages()
+            try:
+                self._driver.run(sequences)
+            finally:
+                self._driver.drop(kept.values())
+                kept = {tuple(ids): s.kept for ids, s in zip(beams, sequences, strict=True) if s.kept is not None}
             return [sequence.logprobs[0].top for sequence in sequences]
 
-        params = replace(params, max_tokens=min(params.max_tokens, self.max_context - len(prompt_ids)))
+        try:
+            beams = beam_search(next_logprobs, end, params)
+        finally:
+            self._driver.drop(kept.values())
         return [
             Completion(
                 prompt_ids,
@@ -219,103 +233,73 @@ class LLM:
                 index=rank,
                 cumulative_logprob=beam.logprob,
             )
-            for rank, beam in enumerate(beam_search(next_logprobs, end, params))
+            for rank, beam in enumerate(beams)
         ]
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
     def score(
-        self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt], *, cache_salt: str = ""
+        self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt], *, priority: int = 0, cache_salt: str = ""
     ) -> list[Score]:
         """Log-probability of every token of each completion after its prompt; the same bits as in generation.
 
-        Text is encoded in two parts, prompt and completion. An empty prompt starts from the model's first token (bos or
+        Pairs are packed into full native steps; what completions side by side share of a prompt is computed once. Text
+        is encoded in two parts, prompt and completion. An empty prompt starts from the model's first token (bos or
         eos); without one, the first token of the completion cannot be scored: ArgumentError.
         """
         if len(prompts) != len(completions):
             raise ArgumentError(f"completions: expected {len(prompts)}, one per prompt, got {len(completions)}")
-        salt = check_salt(cache_salt) if self._prefix_cache else None
-        with self._lock:
-            return [self._score(i, p, c, salt) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+        check_priority(priority)
+        check_salt(cache_salt)
+        readings = [
+            self._score_reading(index, prompt, completion, priority, cache_salt)
+            for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        return [Score(reading.targets, reading.logprobs) for reading in self._driver.read(readings)]
 
-    def _score(self, index: int, prompt: Prompt, completion: Prompt, salt: str | None) -> Score:
+    def score_stream(
+        self, pairs: Iterable[tuple[Prompt, Prompt]], *, priority: int = 0, cache_salt: str = ""
+    ) -> Iterator[Score]:
+        """The same for any number of pairs (prompt, completion), which are taken as their turn comes.
+
+        An error of a pair comes behind the scores of those before it. Closing the iterator cancels what is under way.
+        """
+        check_priority(priority)
+        check_salt(cache_salt)
+        readings = (
+            self._score_reading(index, *_pair(pair, index), priority, cache_salt) for index, pair in enumerate(pairs)
+        )
+        return (Score(reading.targets, reading.logprobs) for reading in self._driver.read(readings))
+
+    def _score_reading(
+        self, index: int, prompt: Prompt, completion: Prompt, priority: int, cache_salt: str
+    ) -> TargetReading:
         prompt_ids = self._encode(prompt, f"prompts[{index}]")
         ids = self._encode(completion, f"completions[{index}]", add_special_tokens=False)
         if not prompt_ids:
-            start = self.spec.bos_token_id
-            if start is None:
-                raise ArgumentError(
-                    f"prompts[{index}]: expected at least one token, got none, and the model has no bos"
-                )
-            prompt_ids = [start]
-        if not ids:
-            return Score([], [])
-        self._check_length(len(prompt_ids) + len(ids), f"prompts[{index}]")
-        inputs = np.array((prompt_ids + ids)[:-1], np.int32)
-        targets = np.concatenate([np.zeros(len(prompt_ids) - 1, np.int32), np.array(ids, np.int32)])
-        logprobs = self._runner.target_logprobs(inputs, targets, len(prompt_ids) - 1, salt)
-        return Score(ids, logprobs.tolist())
+            prompt_ids = [self._first_token(f"prompts[{index}]")]
+        if ids:
+            self._check_length(len(prompt_ids) + len(ids), f"prompts[{index}]")
+        return TargetReading(
+            token_ids=(prompt_ids + ids)[:-1],
+            first=len(prompt_ids) - 1,
+            targets=ids,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
 
     def logits(self, token_ids: SequenceOf[int]) -> np.ndarray:
         """Logits after each token of one sequence: float32 [len(token_ids), vocab_size]."""
         ids = self._encode(token_ids, "token_ids")
         self._check_length(len(ids), "token_ids")
-        with self._lock:
-            return self._runner.logits(np.array(ids, np.int32))
+        (reading,) = self._driver.read([LogitsReading(token_ids=ids, first=0)])
+        return np.concatenate([np.empty((0, self.spec.vocab_size), np.float32), *reading.logits])
 
     def explain(self) -> Explanation:
         """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
         return explain(self._loaded, self._scheduler.stats if self._prefix_cache else None)
 
     # --- shared -------------------------------------------------------------------------------------------------------
-
-    def _run(self, sequences: list[Sequence]) -> None:
-        """Steps until all of these sequences have finished. Others that run meanwhile share the steps."""
-        with self._submitted(sequences):
-            running = sequences
-            while running:
-                with self._lock:
-                    # Another caller's step may have ended the last of them.
-                    running = [sequence for sequence in running if not sequence.has_ended]
-                    if running:
-                        self._scheduler.step()
-                for sequence in running:
-                    if sequence.failure is not None:
-                        raise sequence.failure
-            for sequence in sequences:
-                if sequence.failure is not None:
-                    raise sequence.failure
-
-    def _stream(self, sequences: list[Sequence]) -> Iterator[TextPiece]:
-        """The same, piece by piece."""
-        with self._submitted(sequences):
-            running = sequences
-            while running:
-                with self._lock:
-                    if not any(sequence.inbox or sequence.failure for sequence in running):
-                        self._scheduler.step()
-                    pieces = [piece for sequence in running for piece in sequence.inbox]
-                    for sequence in running:
-                        sequence.inbox.clear()
-                yield from pieces
-                for sequence in running:
-                    if sequence.failure is not None:
-                        raise sequence.failure
-                # Another caller's step may have finished a sequence whose last pieces are still to be taken.
-                running = [sequence for sequence in running if sequence.finish_reason is None or sequence.inbox]
-
-    @contextlib.contextmanager
-    def _submitted(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Queues sequences; takes back what is left of them at the end."""
-        with self._lock:
-            for sequence in sequences:
-                self._scheduler.add(sequence)
-        try:
-            yield
-        finally:
-            with self._lock:
-                for sequence in sequences:
-                    self._scheduler.cancel(sequence)
 
     def _start(
         self,
@@ -333,13 +317,14 @@ class LLM:
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ArgumentError(f"params: expected one, or {len(prompts)}, one per prompt, got {len(params)}")
-        groups = [self._start_prompt(i, p, o, stream) for i, (p, o) in enumerate(zip(prompts, params, strict=True))]
-        for group in groups:
-            for sequence in group:
-                sequence.priority, sequence.cache_salt = priority, cache_salt
-        return groups
+        return [
+            self._start_prompt(position, prompt, each, stream, priority, cache_salt)
+            for position, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+        ]
 
-    def _start_prompt(self, position: int, prompt: Prompt, params: SamplingParams, stream: bool) -> list[Sequence]:
+    def _start_prompt(
+        self, position: int, prompt: Prompt, params: SamplingParams, stream: bool, priority: int, cache_salt: str
+    ) -> list[Sequence]:
         ids = self._prompt_ids(prompt, f"prompts[{position}]")
         room = self.max_context - len(ids)
         if params.max_tokens > room:
@@ -359,23 +344,41 @@ class LLM:
             )
             for index in range(params.num_drawn)
         ]
+        for sequence in sequences:
+            sequence.priority, sequence.cache_salt = priority, cache_salt
         if params.prompt_logprobs is not None:
-            with self._lock:
-                logprobs = self._runner.prompt_logprobs(np.array(ids, np.int32), params.prompt_logprobs)
+            logprobs = self._prompt_logprobs(ids, params.prompt_logprobs, priority, cache_salt)
             for sequence in sequences:
                 sequence.prompt_logprobs = logprobs
         return sequences
 
+    def _prompt_logprobs(
+        self, ids: list[int], num_top: int, priority: int, cache_salt: str
+    ) -> list[TokenLogprobs | None]:
+        """Leaves the prompt in the cache, from where the sequences that want it start."""
+        inputs, targets = ids[:-1], ids[1:]
+        if num_top > 0:
+            ranks = RankReading(
+                token_ids=inputs, first=0, targets=targets, num_top=num_top, priority=priority, cache_salt=cache_salt
+            )
+            (ranks,) = self._driver.read([ranks])
+            return [None, *ranks.entries]
+        plain = TargetReading(token_ids=inputs, first=0, targets=targets, priority=priority, cache_salt=cache_salt)
+        (plain,) = self._driver.read([plain])
+        return [None, *map(TokenLogprobs, targets, plain.logprobs)]
+
     def _prompt_ids(self, prompt: Prompt, name: str) -> list[int]:
         """The tokens of a prompt that leaves room for an answer; at least one."""
         ids = self._encode(prompt, name)
-        if not ids:
-            start = self.spec.bos_token_id
-            if start is None:
-                raise ArgumentError(f"{name}: expected at least one token, got none, and the model has no bos token")
-            ids = [start]
+        ids = ids or [self._first_token(name)]
         self._check_length(len(ids) + 1, name)
         return ids
+
+    def _first_token(self, name: str) -> int:
+        """What an empty prompt begins with."""
+        if self.spec.bos_token_id is None:
+            raise ArgumentError(f"{name}: expected at least one token, got none, and the model has no bos token")
+        return self.spec.bos_token_id
 
     def _encode(self, prompt: Prompt, name: str, *, add_special_tokens: bool = True) -> list[int]:
         if isinstance(prompt, str):
@@ -400,6 +403,12 @@ def _best(sequences: list[Sequence]) -> list[Completion]:
         # Stable: of equals, the first drawn.
         sequences = sorted(sequences, key=lambda sequence: -sequence.rank_by(params.best_of_by))[: params.n]
     return [sequence.completion() for sequence in sequences]
+
+
+def _pair(pair: tuple[Prompt, Prompt], index: int) -> tuple[Prompt, Prompt]:
+    if isinstance(pair, str) or not isinstance(pair, SequenceOf) or len(pair) != 2:
+        raise ArgumentError(f"pairs[{index}]: expected a prompt and a completion, got {pair!r:.60}")
+    return pair[0], pair[1]
 
 
 def _prompt_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
