@@ -4,7 +4,7 @@ from pyengine.infer.async_llm import AsyncLLM
 from pyengine.infer.beam_search import BeamSearchParams
 from pyengine.infer.grammar import StructuredOutputError
 from pyengine.infer.llm import LLM
-from pyengine.infer.outputs import Completion, Score, TextPiece, TokenLogprobs
+from pyengine.infer.outputs import Classification, Completion, Score, TextPiece, TokenLogprobs
 from pyengine.infer.sampling_params import SamplingParams
 from pyengine.infer.structured_outputs import StructuredOutputs
 
@@ -12,6 +12,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "BeamSearchParams",
+    "Classification",
     "Completion",
     "SamplingParams",
     "Score",

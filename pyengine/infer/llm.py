@@ -1,14 +1,12 @@
-"""`LLM`: generate, chat and score with one model on the native engine. Never imports torch."""
+"""`LLM`: generate and chat with one model on the native engine. Never imports torch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Any, Literal, overload
-
-import numpy as np
 
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
@@ -18,20 +16,19 @@ from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.explain import Explanation, explain
 from pyengine.infer.grammar import GrammarCompiler
 from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
-from pyengine.infer.outputs import Completion, Score, TextPiece, TokenLogprobs
-from pyengine.infer.reading import LogitsReading, RankReading, TargetReading
+from pyengine.infer.outputs import Completion, TextPiece
+from pyengine.infer.prompts import Prompt, PromptEncoder, prompt_list
 from pyengine.infer.runner import Runner
 from pyengine.infer.sample_state import encode_bad_words
 from pyengine.infer.sampling_params import SamplingParams
 from pyengine.infer.scheduler import Scheduler, check_priority, check_salt
+from pyengine.infer.score import prompt_logprobs
 from pyengine.infer.sequence import KeptPages, Sequence
-from pyengine.spec import ModelSpec
-from pyengine.tokenizer import ChatTemplate, Tokenizer
-
-Prompt = str | SequenceOf[int]
+from pyengine.infer.text_reader import TextReader
+from pyengine.tokenizer import ChatTemplate
 
 
-class LLM:
+class LLM(TextReader):
     """A model ready to generate, from a GGUF file or a Hugging Face folder.
 
     Args:
@@ -84,6 +81,7 @@ class LLM:
         self._prefix_cache = prefix_cache
         self._scheduler = Scheduler(self._runner, prefix_cache=prefix_cache)
         self._grammars = GrammarCompiler(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
+        self._prompts = PromptEncoder(self.tokenizer, self.spec, self.max_context)
         self._lock = EngineLock()
         self._driver = Driver(self._scheduler, self._lock, self._runner.max_tokens)
 
@@ -93,23 +91,11 @@ class LLM:
         return cls(model, **options)
 
     @property
-    def spec(self) -> ModelSpec:
-        return self._loaded.spec
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._loaded.tokenizer
-
-    @property
     def chat_template(self) -> ChatTemplate:
         """Raises BackendUnavailable if the model comes without one."""
         if self._loaded.chat_template is None:
             raise BackendUnavailable(f"{self._loaded.path}: the model has no chat template; use generate")
         return self._loaded.chat_template
-
-    @property
-    def max_context(self) -> int:
-        return self._loaded.max_context
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -126,9 +112,9 @@ class LLM:
         A prompt is text or token ids. `params` is one for all, or one per prompt. Returns completions in order,
         the n of a prompt side by side.
         """
-        groups = self._start(_prompt_list(prompts), params, stream=False, priority=priority, cache_salt=cache_salt)
+        groups = self._start(prompt_list(prompts), params, stream=False, priority=priority, cache_salt=cache_salt)
         self._driver.run([sequence for group in groups for sequence in group])
-        return [completion for group in groups for completion in _best(group)]
+        return [completion for group in groups for completion in best_of(group)]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
@@ -192,7 +178,7 @@ class LLM:
         options = params or BeamSearchParams()
         return [
             completion
-            for position, prompt in enumerate(_prompt_list(prompts))
+            for position, prompt in enumerate(prompt_list(prompts))
             for completion in self._search(self._prompt_ids(prompt, f"prompts[{position}]"), options)
         ]
 
@@ -235,65 +221,6 @@ class LLM:
             )
             for rank, beam in enumerate(beams)
         ]
-
-    # --- scoring ------------------------------------------------------------------------------------------------------
-
-    def score(
-        self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt], *, priority: int = 0, cache_salt: str = ""
-    ) -> list[Score]:
-        """Log-probability of every token of each completion after its prompt; the same bits as in generation.
-
-        Pairs are packed into full native steps; what completions side by side share of a prompt is computed once. Text
-        is encoded in two parts, prompt and completion. An empty prompt starts from the model's first token (bos or
-        eos); without one, the first token of the completion cannot be scored: ArgumentError.
-        """
-        if len(prompts) != len(completions):
-            raise ArgumentError(f"completions: expected {len(prompts)}, one per prompt, got {len(completions)}")
-        check_priority(priority)
-        check_salt(cache_salt)
-        readings = [
-            self._score_reading(index, prompt, completion, priority, cache_salt)
-            for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        return [Score(reading.targets, reading.logprobs) for reading in self._driver.read(readings)]
-
-    def score_stream(
-        self, pairs: Iterable[tuple[Prompt, Prompt]], *, priority: int = 0, cache_salt: str = ""
-    ) -> Iterator[Score]:
-        """The same for any number of pairs (prompt, completion), which are taken as their turn comes.
-
-        An error of a pair comes behind the scores of those before it. Closing the iterator cancels what is under way.
-        """
-        check_priority(priority)
-        check_salt(cache_salt)
-        readings = (
-            self._score_reading(index, *_pair(pair, index), priority, cache_salt) for index, pair in enumerate(pairs)
-        )
-        return (Score(reading.targets, reading.logprobs) for reading in self._driver.read(readings))
-
-    def _score_reading(
-        self, index: int, prompt: Prompt, completion: Prompt, priority: int, cache_salt: str
-    ) -> TargetReading:
-        prompt_ids = self._encode(prompt, f"prompts[{index}]")
-        ids = self._encode(completion, f"completions[{index}]", add_special_tokens=False)
-        if not prompt_ids:
-            prompt_ids = [self._first_token(f"prompts[{index}]")]
-        if ids:
-            self._check_length(len(prompt_ids) + len(ids), f"prompts[{index}]")
-        return TargetReading(
-            token_ids=(prompt_ids + ids)[:-1],
-            first=len(prompt_ids) - 1,
-            targets=ids,
-            priority=priority,
-            cache_salt=cache_salt,
-        )
-
-    def logits(self, token_ids: SequenceOf[int]) -> np.ndarray:
-        """Logits after each token of one sequence: float32 [len(token_ids), vocab_size]."""
-        ids = self._encode(token_ids, "token_ids")
-        self._check_length(len(ids), "token_ids")
-        (reading,) = self._driver.read([LogitsReading(token_ids=ids, first=0)])
-        return np.concatenate([np.empty((0, self.spec.vocab_size), np.float32), *reading.logits])
 
     def explain(self) -> Explanation:
         """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
@@ -347,75 +274,24 @@ class LLM:
         for sequence in sequences:
             sequence.priority, sequence.cache_salt = priority, cache_salt
         if params.prompt_logprobs is not None:
-            logprobs = self._prompt_logprobs(ids, params.prompt_logprobs, priority, cache_salt)
+            num_top = params.prompt_logprobs
+            logprobs = prompt_logprobs(self._driver, ids, num_top, priority=priority, cache_salt=cache_salt)
             for sequence in sequences:
                 sequence.prompt_logprobs = logprobs
         return sequences
 
-    def _prompt_logprobs(
-        self, ids: list[int], num_top: int, priority: int, cache_salt: str
-    ) -> list[TokenLogprobs | None]:
-        """Leaves the prompt in the cache, from where the sequences that want it start."""
-        inputs, targets = ids[:-1], ids[1:]
-        if num_top > 0:
-            ranks = RankReading(
-                token_ids=inputs, first=0, targets=targets, num_top=num_top, priority=priority, cache_salt=cache_salt
-            )
-            (ranks,) = self._driver.read([ranks])
-            return [None, *ranks.entries]
-        plain = TargetReading(token_ids=inputs, first=0, targets=targets, priority=priority, cache_salt=cache_salt)
-        (plain,) = self._driver.read([plain])
-        return [None, *map(TokenLogprobs, targets, plain.logprobs)]
-
     def _prompt_ids(self, prompt: Prompt, name: str) -> list[int]:
         """The tokens of a prompt that leaves room for an answer; at least one."""
-        ids = self._encode(prompt, name)
-        ids = ids or [self._first_token(name)]
-        self._check_length(len(ids) + 1, name)
+        self._check_lm_head()
+        ids = self._prompts.encode_some(prompt, name)
+        self._prompts.check_length(len(ids) + 1, name)
         return ids
 
-    def _first_token(self, name: str) -> int:
-        """What an empty prompt begins with."""
-        if self.spec.bos_token_id is None:
-            raise ArgumentError(f"{name}: expected at least one token, got none, and the model has no bos token")
-        return self.spec.bos_token_id
 
-    def _encode(self, prompt: Prompt, name: str, *, add_special_tokens: bool = True) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        ids = [int(i) for i in prompt]
-        for position, token in enumerate(ids):
-            if not 0 <= token < self.spec.vocab_size:
-                raise ArgumentError(
-                    f"{name}: expected token ids from 0 to {self.spec.vocab_size - 1}, got {token} at {position}"
-                )
-        return ids
-
-    def _check_length(self, num_tokens: int, name: str) -> None:
-        if num_tokens > self.max_context:
-            raise ArgumentError(f"{name}: expected at most {self.max_context} tokens with the answer, got {num_tokens}")
-
-
-def _best(sequences: list[Sequence]) -> list[Completion]:
+def best_of(sequences: list[Sequence]) -> list[Completion]:
     """The completions of one prompt that its caller gets."""
     params = sequences[0].params
     if params.best_of is not None:
         # Stable: of equals, the first drawn.
         sequences = sorted(sequences, key=lambda sequence: -sequence.rank_by(params.best_of_by))[: params.n]
     return [sequence.completion() for sequence in sequences]
-
-
-def _pair(pair: tuple[Prompt, Prompt], index: int) -> tuple[Prompt, Prompt]:
-    if isinstance(pair, str) or not isinstance(pair, SequenceOf) or len(pair) != 2:
-        raise ArgumentError(f"pairs[{index}]: expected a prompt and a completion, got {pair!r:.60}")
-    return pair[0], pair[1]
-
-
-def _prompt_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    items: Iterable[Any] = prompts
-    out = list(items)
-    if out and all(isinstance(item, (int, np.integer)) for item in out):
-        return [out]
-    return out

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.formats.blocks import quantize_q4_0, quantize_q4_1, quantize_q8_0
+from pyengine.infer.classifier import Classifier
 from pyengine.infer.source import WeightSource, open_source
 from pyengine.spec import NORM_NAMES, ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
@@ -68,6 +69,8 @@ class LoadedModel:
     chat_template: ChatTemplate | None
     model: _C.DecoderModel
     decoder: _C.Decoder
+    has_lm_head: bool
+    classifier: Classifier | None
     options: EngineOptions
     weight_formats: dict[str, str]
     """Format in memory of each matrix, by its Hugging Face name."""
@@ -152,6 +155,8 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         chat_template=source.chat_template(),
         model=model,
         decoder=decoder,
+        has_lm_head=source.has_lm_head,
+        classifier=source.classifier(),
         options=options,
         weight_formats=formats,
         act_dtype=act_dtype,

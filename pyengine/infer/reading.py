@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pyengine import _C
 from pyengine.errors import ArgumentError
-from pyengine.infer.outputs import TokenLogprobs
+from pyengine.infer.outputs import Score, TokenLogprobs
 
 Float32 = npt.NDArray[np.float32]
 Pooling = Literal["last", "mean", "first"]
@@ -89,6 +89,9 @@ class TargetReading(RowReading):
     def take(self, logprobs: list[float]) -> None:
         """Those of the next rows."""
         self.logprobs += logprobs
+
+    def score(self) -> Score:
+        return Score(self.targets, self.logprobs)
 
 
 @dataclass(eq=False, kw_only=True)

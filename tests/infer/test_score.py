@@ -225,8 +225,8 @@ def test_turns_alternate(tiny, monkeypatch):
         )
     text = llm.stream([1, 2], GREEDY)
     next(text)
-    for i in range(40):
-        llm._scheduler.add(llm._score_reading(0, [i] * 20, [2] * 20, 0, ""))
+    for reading in llm._score_readings([[i] * 20 for i in range(40)], [[2] * 20] * 40, priority=0, cache_salt=""):
+        llm._scheduler.add(reading)
     turns.clear()
     assert len(list(text)) == 39
     assert turns[:-1] == ["read", "step"] * 38 or turns == ["read", "step"] * 39
