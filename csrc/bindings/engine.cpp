@@ -56,6 +56,13 @@ GateActivation parse_gate_activation(const std::string& name) {
   throw ArgumentError("gate_activation: expected 'silu' or 'gelu_tanh', got '" + name + "'");
 }
 
+ProductInput parse_product_input(const std::string& name) {
+  if (name == "unrounded") return ProductInput::unrounded;
+  if (name == "bfloat16") return ProductInput::bf16;
+  if (name == "int8") return ProductInput::int8;
+  throw ArgumentError("product_input: expected 'unrounded', 'bfloat16' or 'int8', got '" + name + "'");
+}
+
 std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64_t intermediate_size,
                                   int64_t num_layers, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                                   int64_t rotary_dim, const std::vector<int64_t>& sliding_windows,
@@ -64,7 +71,7 @@ std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64
                                   bool tie_word_embeddings, bool qkv_bias, bool o_bias, bool mlp_bias,
                                   const std::optional<std::string>& qk_norm, const std::string& norm_placement,
                                   const std::string& gate_activation, const std::string& act_dtype,
-                                  bool int8_activations, int64_t capacity_bytes) {
+                                  const std::string& product_input, int64_t capacity_bytes) {
   if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0)
     throw ArgumentError("num_heads: expected a multiple of num_kv_heads, got " + std::to_string(num_heads) + " and " +
                         std::to_string(num_kv_heads));
@@ -113,7 +120,7 @@ std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64
                            .qk_norm = parse_qk_norm(qk_norm),
                            .gate_activation = parse_gate_activation(gate_activation),
                            .act_dtype = parse_float("act_dtype", act_dtype),
-                           .int8_activations = int8_activations};
+                           .product_input = parse_product_input(product_input)};
   return std::make_shared<Model>(config, static_cast<size_t>(positive("capacity_bytes", capacity_bytes)));
 }
 
@@ -251,7 +258,7 @@ void bind_engine(py::module_& m) {
            py::arg("norm_eps"), py::arg("norm_weight_offset"), py::arg("embedding_multiplier"),
            py::arg("residual_multiplier"), py::arg("attention_scale"), py::arg("tie_word_embeddings"),
            py::arg("qkv_bias"), py::arg("o_bias"), py::arg("mlp_bias"), py::arg("qk_norm"), py::arg("norm_placement"),
-           py::arg("gate_activation"), py::arg("act_dtype"), py::arg("int8_activations"), py::arg("capacity_bytes"))
+           py::arg("gate_activation"), py::arg("act_dtype"), py::arg("product_input"), py::arg("capacity_bytes"))
       .def("set_vector", set_vector, py::arg("slot"), py::arg("values"))
       .def("add_matrix", add_matrix, py::arg("slot"), py::arg("format"), py::arg("parts"), py::arg("row_orders"),
            py::arg("num_cols"))

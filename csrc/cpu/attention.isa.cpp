@@ -1,4 +1,4 @@
-// ISA: scalar avx2 avx512
+// ISA: scalar avx2 avx512 avx512_bf16
 #include "pe/attention.h"
 
 #include "simd/attention_rows.h"
@@ -74,6 +74,7 @@ void for_each_row(const AttentionTile& tile, int64_t head_begin, int64_t group_s
 
 template <class T>
 void fwd_items(const AttentionFwd& a, const AttentionWork& work, int64_t item_begin, int64_t item_end, void* scratch) {
+  constexpr bool kPairs = kBf16Pairs && sizeof(T) == sizeof(bf16);
   const int64_t group_size = a.num_heads / a.num_kv_heads;
   for (int64_t item = item_begin; item < item_end; ++item) {
     const AttentionTile& tile = work.query_tiles[work.num_query_tiles - 1 - item / a.num_kv_heads];
@@ -85,12 +86,12 @@ void fwd_items(const AttentionFwd& a, const AttentionWork& work, int64_t item_be
       rows.ranges.begin[r] = keys.begin;
       rows.ranges.end[r] = keys.end;
       const T* q = rows_of(static_cast<const T*>(a.q), a.q_row_stride, a.q_head_stride, segment, head);
-      load_row(q + position * a.q_row_stride, a.head_dim, rows.q_row(r));
+      rows.template set_q<kPairs>(r, q + position * a.q_row_stride);
     });
 
     const T* k = lanes_of<T>(work.k_lanes, a, work, segment, kv_head);
     const T* v = rows_of(static_cast<const T*>(a.v), a.v_row_stride, a.v_head_stride, segment, kv_head);
-    attend<T>(rows, a.scale, [&](int64_t base, int64_t key_begin, int64_t key_end) {
+    attend<T, kPairs>(rows, a.scale, [&](int64_t base, int64_t key_begin, int64_t key_end) {
       KvBlock<T> kv{.k = {}, .v = {}, .v_row_stride = a.v_row_stride};
       for (int64_t b = (key_begin - base) / kLaneKeys; base + b * kLaneKeys < key_end; ++b) {
         kv.k[b] = k + (base + b * kLaneKeys) * a.head_dim;

@@ -32,6 +32,14 @@ BlockWeights block_weights(const Matrix& part) {
   return {part.packed, part.num_rows, part.num_cols, block_format(part.format)};
 }
 
+// bf16 activations need no rounding.
+bool rounds_x(const ModelConfig& c) { return c.product_input == ProductInput::bf16 && c.act_dtype == DType::f32; }
+
+// Where products round their inputs, those of attention do, if the cache has the same dtype.
+bool rounds_q(const ModelConfig& c, DType cache_dtype) {
+  return c.product_input != ProductInput::unrounded && c.act_dtype == DType::f32 && cache_dtype == DType::bf16;
+}
+
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 uint8_t* at(void* base, int64_t elements, DType dtype) {
@@ -185,7 +193,7 @@ void Decoder::step(const Step& step) {
   check(step);
   place(step);
   const int num_workers = region_size();
-  Phases phases;
+  Phases phases(num_workers);
   reserve_scratch(num_workers);
   parallel_region(num_workers, [&](int worker_index) {
     Phases::Worker worker(phases, worker_index);
@@ -237,7 +245,7 @@ void Decoder::prepare(const Linear& parts, const void* x, int64_t x_row_stride, 
   const ModelConfig& c = model_->config();
   for (const Matrix& part : parts) {
     if (!is_block_format(part.format)) continue;
-    if (c.int8_activations) {
+    if (c.product_input == ProductInput::int8) {
       matmul_w4a8_isa().quantize_rows(int8_product(part, x, x_row_stride, nullptr, 0, num_rows, c.act_dtype), row_begin,
                                       row_end);
       return;  // the same rows serve every part
@@ -272,7 +280,8 @@ MatmulW4A16 Decoder::float_product(const Matrix& part, const void* x, int64_t x_
           .x_row_stride = x_row_stride,
           .y_row_stride = y_row_stride,
           .x_dtype = model_->config().act_dtype,
-          .y_dtype = y_dtype};
+          .y_dtype = y_dtype,
+          .round_x = rounds_x(model_->config())};
 }
 
 MatmulW4A8 Decoder::int8_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
@@ -310,7 +319,7 @@ void Decoder::linear(Phases::Worker& worker, const Linear& parts, const void* x,
     };
     if (!is_block_format(part.format))
       multiply(matmul_isa().tile, dense_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
-    else if (model_->config().int8_activations)
+    else if (model_->config().product_input == ProductInput::int8)
       multiply(matmul_w4a8_isa().tile, int8_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
     else
       multiply(matmul_w4a16_isa().tile, float_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
@@ -492,7 +501,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                                     .sliding_window = layer_config.sliding_window,
                                     .scale = c.attention_scale,
                                     .dtype = act,
-                                    .cache_dtype = cache_.dtype()};
+                                    .cache_dtype = cache_.dtype(),
+                                    .round_q = rounds_q(c, cache_.dtype())};
     uint8_t* scratch = scratch_base_ + scratch_bytes_ * static_cast<size_t>(worker.index());
     worker.run(attention_decode_num_items(attention), 1,
                [&](int64_t begin, int64_t end) { attention_decode_isa().rows(attention, begin, end, scratch); });

@@ -142,9 +142,15 @@ static inline void dot_vecs(const float* const* rows, const T* const* lanes, int
   }
 }
 
+}  // namespace pe::PE_ISA
+
+#include "simd/attention_pairs.h"
+
+namespace pe::PE_ISA {
+
 // scores[i][j] for the keys of lane blocks [begin, end) of one 64-key block; lane_blocks[b] is [D][16].
-template <int R, class T>
-static void dot_tile(const float* const* rows, const T* const* lane_blocks, int begin, int end, int64_t head_dim,
+template <int R, class Q, class T>
+static void dot_tile(const Q* const* rows, const T* const* lane_blocks, int begin, int end, int64_t head_dim,
                      float (*scores)[kBlockKeys]) {
   const auto step = [&]<int N>(int n, Count<N>) {
     const T* lanes[N];
@@ -255,11 +261,11 @@ static inline void load_row(const T* row, int64_t head_dim, float* out) {
 }
 
 // row[d] = op(values[d]).
-template <class T, class Op>
-static inline void store_row(T* row, int64_t head_dim, const float* values, const Op& op) {
+template <class T, class From, class Op>
+static inline void store_row(T* row, int64_t head_dim, const From* values, const Op& op) {
   int64_t d = 0;
   for (; d + VecF::size <= head_dim; d += VecF::size) store(row + d, op(load(values + d)));
-  if (d < head_dim) store(row + d, op(load(values + d)), head_dim - d);
+  if (d < head_dim) store(row + d, op(load(values + d, head_dim - d)), head_dim - d);
 }
 
 // Cuts scratch into pieces of whole cache lines.
@@ -292,8 +298,26 @@ struct ForwardRows {
     max = cursor.take<float>(num_rows);
     ranges = {num_rows, cursor.take<int64_t>(num_rows), cursor.take<int64_t>(num_rows)};
   }
-  float* q_row(int64_t r) const { return q + r * padded(head_dim); }
+  template <bool kPairs>
+  auto q_row(int64_t r) const {
+    float* row = q + r * padded(head_dim);
+    if constexpr (kPairs)
+      return reinterpret_cast<bf16*>(row);
+    else
+      return row;
+  }
   float* acc_row(int64_t r) const { return acc + r * padded(head_dim); }
+
+  // For attend<..., kPairs>: in bf16, or in f32.
+  template <bool kPairs, class T>
+  void set_q(int64_t r, const T* row) const {
+    if constexpr (kPairs) {
+      fill_zero(q_row<false>(r), padded(head_dim) / 2);
+      store_row(q_row<true>(r), head_dim, row, [](VecF v) { return v; });
+    } else {
+      load_row(row, head_dim, q_row<false>(r));
+    }
+  }
 
   // lse is nullptr or the place of the row's log-sum-exp.
   template <class T>
@@ -380,8 +404,9 @@ static inline float softmax_row(const ForwardRows& rows, int64_t r, int lo, int 
 }
 
 // Walks the keys of all rows: kv_block(base, key_begin, key_end) is the KvBlock<T> at key `base` (a multiple of 64), of
-// which keys [key_begin, key_end) are seen. q and ranges are filled in; finish_row follows.
-template <class T, class KvBlockFn>
+// which keys [key_begin, key_end) are seen. q and ranges are filled in; finish_row follows. kPairs: q is bf16, as K and V
+// are, and the products are those of simd/attention_pairs.h.
+template <class T, bool kPairs, class KvBlockFn>
 static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn& kv_block) {
   fill_zero(rows.acc, rows.ranges.num_rows * padded(rows.head_dim));
   fill_zero(rows.lane_sums, rows.ranges.num_rows * kLaneKeys);
@@ -393,11 +418,11 @@ static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn&
     const KvBlock<T> kv = kv_block(base, key_begin, key_end);
     visit([&](const RowTile& tile) {
       with_count(tile.count, [&]<int R>(Count<R>) {
-        const float* q[R];
+        decltype(rows.template q_row<kPairs>(0)) q[R];
         float* acc[R];
         float factor[R];
         for (int i = 0; i < R; ++i) {
-          q[i] = rows.q_row(tile.row[i]);
+          q[i] = rows.template q_row<kPairs>(tile.row[i]);
           acc[i] = rows.acc_row(tile.row[i]);
         }
         const int begin = tile.lane_block_begin(), end = tile.lane_block_end();
@@ -406,7 +431,13 @@ static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn&
         for (int i = 0; i < R; ++i)
           factor[i] = softmax_row(rows, tile.row[i], tile.lo[i], tile.hi[i], set1(scale), scores[i]);
         if constexpr (sizeof(T) == 1) scale_keys<R>(kv.v_scales, begin, end, scores);
-        accumulate_tile<R>(tile, scores, kv.v, kv.v_row_stride, rows.head_dim, factor, acc);
+        if constexpr (kPairs) {
+          alignas(64) bf16 weights[R][kBlockKeys];
+          for (int i = 0; i < R; ++i) store_row(weights[i], kBlockKeys, scores[i], [](VecF v) { return v; });
+          accumulate_tile<R>(tile, weights, kv.v, kv.v_row_stride, rows.head_dim, factor, acc);
+        } else {
+          accumulate_tile<R>(tile, scores, kv.v, kv.v_row_stride, rows.head_dim, factor, acc);
+        }
       });
     });
   });

@@ -22,6 +22,8 @@ from pyengine.tokenizer import ChatTemplate, Tokenizer
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
 DEFAULT_MAX_CONTEXT = 8192
+# Mode -> what products with block weights round activations to.
+PRODUCT_INPUTS = {"exact": "unrounded", "bf16": "bfloat16", "fast": "int8"}
 
 Array = npt.NDArray[Any]
 
@@ -40,7 +42,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         _one_of("weights", self.weights, ("auto", *WEIGHT_FORMATS))
-        _one_of("mode", self.mode, ("auto", "exact", "fast"))
+        _one_of("mode", self.mode, ("auto", *PRODUCT_INPUTS))
         _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8"))
         for name, low, high in (
             ("max_context", 1, 1 << 24),
@@ -93,13 +95,15 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
     spec = source.spec
     formats = {name: _target_format(source, name, options.weights) for name in source.matrix_names()}
     has_blocks = any(f.startswith("q") for f in formats.values())
-    if options.mode == "fast" and not has_blocks:
+    if options.mode in ("bf16", "fast") and not has_blocks:
         raise ArgumentError(
-            f"mode: 'fast' needs weights in blocks (q8_0, q4_1, q4_0), got {sorted(set(formats.values()))}"
+            f"mode: '{options.mode}' needs weights in blocks (q8_0, q4_1, q4_0), got {sorted(set(formats.values()))}"
         )
     act_dtype = "bfloat16" if set(formats.values()) == {"bfloat16"} else "float32"
     mode = "exact" if options.mode == "auto" else options.mode
-    kv_dtype = act_dtype if options.kv_dtype == "auto" else options.kv_dtype
+    kv_dtype = options.kv_dtype
+    if kv_dtype == "auto":
+        kv_dtype = act_dtype if mode == "exact" else "bfloat16"
     max_context = min(spec.max_position_embeddings, options.max_context or DEFAULT_MAX_CONTEXT)
 
     model = _C.DecoderModel(
@@ -126,7 +130,7 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         norm_placement=spec.norm_placement,
         gate_activation=spec.gate_activation,
         act_dtype=act_dtype,
-        int8_activations=mode == "fast",
+        product_input=PRODUCT_INPUTS[mode],
         capacity_bytes=_capacity(spec, formats, max_context),
     )
     # Packing runs outside the interpreter, so the tokenizer, which takes longer, is built meanwhile.

@@ -11,7 +11,7 @@ OPTIONS = {
     "head_dim": 8, "rotary_dim": 8, "sliding_windows": [0, 4], "rope_tables": [0, -1], "norm_eps": 1e-5,
     "norm_weight_offset": 0.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_scale": 0.3,
     "tie_word_embeddings": True, "qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_norm": None,
-    "norm_placement": "pre", "gate_activation": "silu", "act_dtype": "float32", "int8_activations": False,
+    "norm_placement": "pre", "gate_activation": "silu", "act_dtype": "float32", "product_input": "unrounded",
     "capacity_bytes": 1 << 20,
 }  # fmt: skip
 
