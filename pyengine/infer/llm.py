@@ -286,7 +286,7 @@ class LLM(TextReader):
         """The tokens of a prompt that leaves room for an answer; at least one."""
         self._check_lm_head()
         ids = self._prompts.encode_some(prompt, name)
-        self._prompts.check_length(len(ids) + 1, name)
+        self._prompts.check_length(len(ids) + 1, name, "tokens with the answer")
         return ids
 
 

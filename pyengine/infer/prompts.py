@@ -45,9 +45,9 @@ class PromptEncoder:
             raise ArgumentError(f"{name}: expected at least one token, got none, and the model has no bos token")
         return [self.spec.bos_token_id]
 
-    def check_length(self, num_tokens: int, name: str) -> None:
+    def check_length(self, num_tokens: int, name: str, unit: str = "tokens") -> None:
         if num_tokens > self.max_context:
-            raise ArgumentError(f"{name}: expected at most {self.max_context} tokens with the answer, got {num_tokens}")
+            raise ArgumentError(f"{name}: expected at most {self.max_context} {unit}, got {num_tokens}")
 
 
 def prompt_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:

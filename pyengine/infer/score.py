@@ -23,7 +23,7 @@ def score_readings(
         prompt_ids = encoder.encode_some(prompt, f"prompts[{index}]")
         ids = encoder.encode(completion, f"completions[{index}]", add_special_tokens=False)
         if ids:
-            encoder.check_length(len(prompt_ids) + len(ids), f"prompts[{index}]")
+            encoder.check_length(len(prompt_ids) + len(ids), f"prompts[{index}]", "tokens with the answer")
         return TargetReading(
             token_ids=(prompt_ids + ids)[:-1],
             first=len(prompt_ids) - 1,

@@ -21,7 +21,7 @@ from pyengine.tokenizer import Tokenizer
 
 
 class TextReader:
-    """The part of `LLM` that draws no tokens. Texts are packed into full native steps, and each gets its bits of alone.
+    """The part of `LLM` that draws no tokens. Texts are packed into full native steps, with the bits of each alone.
 
     An embedding model, or a classifier, has these methods only: those that need a head for text raise
     BackendUnavailable.

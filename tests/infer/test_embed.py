@@ -225,8 +225,8 @@ def test_bad_requests(tiny):
         (lambda: llm.embed_stream([], pooling=["last"]), r"^pooling: "),
         (lambda: llm.embed([[384]]), r"^prompts\[0\]: expected token ids from 0 to 383, got 384 at 0$"),
         (lambda: llm.embed([[1], [-1]]), r"^prompts\[1\]: expected token ids from 0 to 383, got -1 at 0$"),
-        (lambda: llm.embed([[1] * 257]), r"^prompts\[0\]: expected at most 256 tokens"),
-        (lambda: llm.hidden_states([1] * 257), r"^token_ids: expected at most 256 tokens"),
+        (lambda: llm.embed([[1] * 257]), r"^prompts\[0\]: expected at most 256 tokens, got 257$"),
+        (lambda: llm.hidden_states([1] * 257), r"^token_ids: expected at most 256 tokens, got 257$"),
         (lambda: llm.embed([[1]], cache_salt=7), r"^cache_salt: "),
         (lambda: llm.embed([[1]], priority="x"), r"^priority: "),
     ):
