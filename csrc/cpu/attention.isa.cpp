@@ -92,10 +92,11 @@ void fwd_items(const AttentionFwd& a, const AttentionWork& work, int64_t item_be
     const T* k = lanes_of<T>(work.k_lanes, a, work, segment, kv_head);
     const T* v = rows_of(static_cast<const T*>(a.v), a.v_row_stride, a.v_head_stride, segment, kv_head);
     attend<T, kPairs>(rows, a.scale, [&](int64_t base, int64_t key_begin, int64_t key_end) {
-      KvBlock<T> kv{.k = {}, .v = {}, .v_row_stride = a.v_row_stride};
+      KvBlock<T> kv{};
+      kv.v_row_stride = a.v_row_stride;
       for (int64_t b = (key_begin - base) / kLaneKeys; base + b * kLaneKeys < key_end; ++b) {
-        kv.k[b] = k + (base + b * kLaneKeys) * a.head_dim;
-        kv.v[b] = v + (base + b * kLaneKeys) * a.v_row_stride;
+        kv.k[b] = kv.next_k[b] = k + (base + b * kLaneKeys) * a.head_dim;
+        kv.v[b] = kv.next_v[b] = v + (base + b * kLaneKeys) * a.v_row_stride;
       }
       return kv;
     });
@@ -171,8 +172,8 @@ void walk_backward(const BackwardRows& rows, const Opposite<T>& opposite, int64_
           grad_weight[i] = rows.grad_weight + offset;
         }
         const int first = tile.lane_block_begin(), last = tile.lane_block_end();
-        dot_tile<R>(left, score_lanes, first, last, head_dim, p);
-        dot_tile<R>(right, weight_lanes, first, last, head_dim, ds);
+        dot_tile<R>(left, score_lanes, score_lanes, first, last, head_dim, p);
+        dot_tile<R>(right, weight_lanes, weight_lanes, first, last, head_dim, ds);
         for (int i = 0; i < R; ++i) {
           for (int j = first * kLaneKeys; j < last * kLaneKeys; j += VecF::size) {
             const auto [lse, delta] = statistics(tile.row[i], base + j);
@@ -182,8 +183,9 @@ void walk_backward(const BackwardRows& rows, const Opposite<T>& opposite, int64_
           }
         }
         if (opposite.weight_rows)
-          accumulate_tile<R>(tile, p, weight_rows, opposite.weight_row_stride, head_dim, ones, grad_weight);
-        accumulate_tile<R>(tile, ds, score_rows, opposite.score_row_stride, head_dim, ones, grad_score);
+          accumulate_tile<R>(tile, p, weight_rows, weight_rows, opposite.weight_row_stride, head_dim, ones,
+                             grad_weight);
+        accumulate_tile<R>(tile, ds, score_rows, score_rows, opposite.score_row_stride, head_dim, ones, grad_score);
       });
     });
   });

@@ -7,13 +7,6 @@
 namespace pe::PE_ISA {
 namespace {
 
-// The keys or values of one lane block, into the second-level cache.
-template <class C>
-void prefetch_lanes(const C* first, int64_t head_dim) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(C));
-  for (int64_t i = 0; i < kLaneKeys * head_dim; i += kLine) __builtin_prefetch(first + i, 0, 2);
-}
-
 // T of q and y, C of the cache; with kRound, q is f32 and rounded to bf16.
 template <class T, class C, bool kRound>
 void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, int64_t row_end, void* scratch) {
@@ -55,11 +48,16 @@ void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, i
         kv.v_scales[b] = a.v_scales + page * a.v_scale_page_stride + slot;
       }
     }
-    // Pages lie anywhere, so no hardware foresees the next block.
-    for (int64_t key = base + kBlockKeys; key < min_of(base + 2 * kBlockKeys, num_keys); key += kLaneKeys) {
-      const int64_t page = pages[key / a.page_size], slot = slot_of(key);
-      prefetch_lanes(k_pages + page * a.k_page_stride + slot * a.head_dim, a.head_dim);
-      prefetch_lanes(v_pages + page * a.v_page_stride + slot * a.head_dim, a.head_dim);
+    for (int64_t b = 0; b < kLaneBlocks; ++b) {
+      const int64_t key = base + kBlockKeys + b * kLaneKeys;
+      if (key < num_keys) {
+        const int64_t page = pages[key / a.page_size], slot = slot_of(key);
+        kv.next_k[b] = k_pages + page * a.k_page_stride + slot * a.head_dim;
+        kv.next_v[b] = v_pages + page * a.v_page_stride + slot * a.head_dim;
+      } else {
+        kv.next_k[b] = kv.k[b];
+        kv.next_v[b] = kv.v[b];
+      }
     }
     return kv;
   });

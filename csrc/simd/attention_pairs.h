@@ -37,13 +37,16 @@ constexpr int64_t kPairVec = 32;  // elements of one row that a vector holds
 
 // As the dot_vecs of floats. A last odd d is paired with zero; rows are zero behind it.
 template <int R, int N>
-static inline void dot_vecs(const bf16* const* rows, const bf16* const* lanes, int64_t begin, int64_t end,
-                            float* const* scores) {
+static inline void dot_vecs(const bf16* const* rows, const bf16* const* lanes, const bf16* const* next, int64_t begin,
+                            int64_t end, float* const* scores) {
   VecF acc[R][N];
   PE_UNROLL for (int r = 0; r < R; ++r) { PE_UNROLL for (int n = 0; n < N; ++n) acc[r][n] = set1(0.0f); }
   const auto add_step = [&](int64_t d, const auto& load_two) PE_INLINE {
     __m512i key[N];
-    PE_UNROLL for (int n = 0; n < N; ++n) key[n] = interleave_halves(load_two(lanes[n] + d * kLaneKeys));
+    PE_UNROLL for (int n = 0; n < N; ++n) {
+      key[n] = interleave_halves(load_two(lanes[n] + d * kLaneKeys));
+      __builtin_prefetch(next[n] + d * kLaneKeys, 0, 2);
+    }
     PE_UNROLL for (int r = 0; r < R; ++r) {
       PE_UNROLL for (int n = 0; n < N; ++n) acc[r][n] = add_pair(acc[r][n], key[n], rows[r] + d);
     }
@@ -65,7 +68,8 @@ static inline void dot_vecs(const bf16* const* rows, const bf16* const* lanes, i
 // the order of the two halves of each 128 bits: unpacked() brings them back.
 template <int R, int N>
 static inline void accumulate_pair_vecs(const bf16* const* weights, int lo, int hi, const bf16* const* values,
-                                        int64_t row_stride, int64_t d0, __mmask32 mask, float* const* sums) {
+                                        const bf16* const* next_values, int64_t row_stride, int64_t d0, __mmask32 mask,
+                                        float* const* sums) {
   VecF sum[R][N][2];
   const auto each_sum = [&](const auto& body) PE_INLINE {
     PE_UNROLL for (int r = 0; r < R; ++r) {
@@ -76,12 +80,15 @@ static inline void accumulate_pair_vecs(const bf16* const* weights, int lo, int 
   };
   each_sum([](VecF& s, const float* p) PE_INLINE { s = load(p); });
   // Keys j and j + 1, or one of them and zero.
-  const auto add_keys = [&](int j, auto has_first, auto has_second) PE_INLINE {
-    const bf16* row = values[j / kLaneKeys] + j % kLaneKeys * row_stride + d0;
+  const auto add_keys = [&](int64_t j, auto has_first, auto has_second) PE_INLINE {
+    const int64_t lane_block = j / kLaneKeys, first_row = j % kLaneKeys * row_stride + d0;
+    const bf16 *row = values[lane_block] + first_row, *next = next_values[lane_block] + first_row;
     __m512i pairs[N][2];
     PE_UNROLL for (int n = 0; n < N; ++n) {
       const __mmask32 here = n + 1 == N ? mask : ~__mmask32{0};
       const bf16* at = row + n * kPairVec;
+      __builtin_prefetch(next + n * kPairVec, 0, 2);
+      __builtin_prefetch(next + n * kPairVec + row_stride, 0, 2);
       const __m512i zero = _mm512_setzero_si512();
       const __m512i first = has_first ? _mm512_maskz_loadu_epi16(here, at) : zero;
       const __m512i second = has_second ? _mm512_maskz_loadu_epi16(here, at + row_stride) : zero;
@@ -96,7 +103,7 @@ static inline void accumulate_pair_vecs(const bf16* const* weights, int lo, int 
     }
   };
   if (lo % 2) add_keys(lo - 1, Index<0>{}, Index<1>{});
-  int j = (lo + 1) / 2 * 2;
+  int64_t j = (lo + 1) / 2 * 2;
   for (; j + 2 <= hi; j += 2) add_keys(j, Index<1>{}, Index<1>{});
   if (j < hi) add_keys(j, Index<1>{}, Index<0>{});
   each_sum([](const VecF& s, float* p) PE_INLINE { store(p, s); });
@@ -104,14 +111,14 @@ static inline void accumulate_pair_vecs(const bf16* const* weights, int lo, int 
 
 template <int R>
 static void accumulate_pair_range(const bf16* const* weights, int lo, int hi, const bf16* const* values,
-                                  int64_t row_stride, int64_t head_dim, float* const* sums) {
+                                  const bf16* const* next, int64_t row_stride, int64_t head_dim, float* const* sums) {
   int64_t d = 0;
   for (; head_dim - d >= 2 * kPairVec; d += 2 * kPairVec)
-    accumulate_pair_vecs<R, 2>(weights, lo, hi, values, row_stride, d, ~__mmask32{0}, sums);
+    accumulate_pair_vecs<R, 2>(weights, lo, hi, values, next, row_stride, d, ~__mmask32{0}, sums);
   for (; d < head_dim; d += kPairVec) {
     const int64_t left = head_dim - d;
     const __mmask32 mask = left >= kPairVec ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-    accumulate_pair_vecs<R, 1>(weights, lo, hi, values, row_stride, d, mask, sums);
+    accumulate_pair_vecs<R, 1>(weights, lo, hi, values, next, row_stride, d, mask, sums);
   }
 }
 
@@ -128,7 +135,8 @@ static inline void add_unpacked(float* acc, const float* sums, VecF scale, bool 
 // for every row that sees both of its keys.
 template <int R>
 static inline void accumulate_tile(const RowTile& tile, const bf16 (*weights)[kBlockKeys], const bf16* const* values,
-                                   int64_t row_stride, int64_t head_dim, const float* factor, float* const* acc) {
+                                   const bf16* const* next, int64_t row_stride, int64_t head_dim, const float* factor,
+                                   float* const* acc) {
   alignas(64) float block_sums[R][kAttentionMaxHeadDim];
   const bf16* w[R];
   float* sums[R];
@@ -148,11 +156,12 @@ static inline void accumulate_tile(const RowTile& tile, const bf16 (*weights)[kB
   if (lo >= hi) lo = hi = kBlockKeys;  // nothing in common: each row is its own first part
   for (int r = 0; r < R; ++r) {
     const int end = tile.hi[r] < lo ? tile.hi[r] : lo;
-    if (tile.lo[r] < end) accumulate_pair_range<1>(w + r, tile.lo[r], end, values, row_stride, head_dim, sums + r);
+    if (tile.lo[r] < end)
+      accumulate_pair_range<1>(w + r, tile.lo[r], end, values, next, row_stride, head_dim, sums + r);
   }
-  if (lo < hi) accumulate_pair_range<R>(w, lo, hi, values, row_stride, head_dim, sums);
+  if (lo < hi) accumulate_pair_range<R>(w, lo, hi, values, next, row_stride, head_dim, sums);
   for (int r = 0; r < R; ++r) {
-    if (hi < tile.hi[r]) accumulate_pair_range<1>(w + r, hi, tile.hi[r], values, row_stride, head_dim, sums + r);
+    if (hi < tile.hi[r]) accumulate_pair_range<1>(w + r, hi, tile.hi[r], values, next, row_stride, head_dim, sums + r);
     for (int64_t d = 0; d < head_dim; d += kPairVec)
       add_unpacked(acc[r] + d, sums[r] + d, set1(factor[r]), padded(head_dim) - d > 16);
   }

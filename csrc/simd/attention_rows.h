@@ -120,15 +120,18 @@ static inline void with_count(int count, const Body& body) {
 // --- products --------------------------------------------------------------------------------------------------------
 
 // scores[r][n * size + lane] = sum_d(rows[r][d] * lanes[n][d * 16 + lane]) over d in [begin, end), added to what is
-// there unless begin is 0.
+// there unless begin is 0. Fetches the same elements of `next`.
 template <int R, int N, class T>
-static inline void dot_vecs(const float* const* rows, const T* const* lanes, int64_t begin, int64_t end,
-                            float* const* scores) {
+static inline void dot_vecs(const float* const* rows, const T* const* lanes, const T* const* next, int64_t begin,
+                            int64_t end, float* const* scores) {
   VecF acc[R][N];
   PE_UNROLL for (int r = 0; r < R; ++r) { PE_UNROLL for (int n = 0; n < N; ++n) acc[r][n] = set1(0.0f); }
   for (int64_t d = begin; d < end; ++d) {
     VecF key[N];
-    PE_UNROLL for (int n = 0; n < N; ++n) key[n] = load(lanes[n] + d * kLaneKeys);
+    PE_UNROLL for (int n = 0; n < N; ++n) {
+      key[n] = load(lanes[n] + d * kLaneKeys);
+      __builtin_prefetch(next[n] + d * kLaneKeys, 0, 2);
+    }
     PE_UNROLL for (int r = 0; r < R; ++r) {
       const VecF query = set1(rows[r][d]);
       PE_UNROLL for (int n = 0; n < N; ++n) acc[r][n] = fma(query, key[n], acc[r][n]);
@@ -148,18 +151,22 @@ static inline void dot_vecs(const float* const* rows, const T* const* lanes, int
 
 namespace pe::PE_ISA {
 
-// scores[i][j] for the keys of lane blocks [begin, end) of one 64-key block; lane_blocks[b] is [D][16].
+// scores[i][j] for the keys of lane blocks [begin, end) of one 64-key block; lane_blocks[b] is [D][16]. Meanwhile those
+// of next_blocks come into the cache.
 template <int R, class Q, class T>
-static void dot_tile(const Q* const* rows, const T* const* lane_blocks, int begin, int end, int64_t head_dim,
-                     float (*scores)[kBlockKeys]) {
+static void dot_tile(const Q* const* rows, const T* const* lane_blocks, const T* const* next_blocks, int begin, int end,
+                     int64_t head_dim, float (*scores)[kBlockKeys]) {
   const auto step = [&]<int N>(int n, Count<N>) {
-    const T* lanes[N];
+    const T *lanes[N], *next[N];
     float* out[R];
-    for (int i = 0; i < N; ++i)
-      lanes[i] = lane_blocks[(n + i) / kVecsPerLaneBlock] + (n + i) % kVecsPerLaneBlock * VecF::size;
+    for (int i = 0; i < N; ++i) {
+      const int block = (n + i) / kVecsPerLaneBlock, offset = (n + i) % kVecsPerLaneBlock * VecF::size;
+      lanes[i] = lane_blocks[block] + offset;
+      next[i] = next_blocks[block] + offset;
+    }
     for (int r = 0; r < R; ++r) out[r] = scores[r] + n * VecF::size;
     for (int64_t d = 0; d < head_dim; d += kDotChain)
-      dot_vecs<R, N>(rows, lanes, d, min_of(d + kDotChain, head_dim), out);
+      dot_vecs<R, N>(rows, lanes, next, d, min_of(d + kDotChain, head_dim), out);
   };
   int n = begin * kVecsPerLaneBlock;
   const int last = end * kVecsPerLaneBlock;
@@ -174,10 +181,11 @@ static void dot_tile(const Q* const* rows, const T* const* lane_blocks, int begi
 }
 
 // sums[r][d0 ...] += sum_j(weights[r][j] * values[j][d0 ...]) over j in [lo, hi), N vectors; with kPartial the one
-// vector has `tail` elements.
+// vector has `tail` elements. Fetches the same elements of next_values.
 template <int R, int N, bool kPartial, class T>
 static inline void accumulate_vecs(const float* const* weights, int lo, int hi, const T* const* values,
-                                   int64_t row_stride, int64_t d0, int64_t tail, float* const* sums) {
+                                   const T* const* next_values, int64_t row_stride, int64_t d0, int64_t tail,
+                                   float* const* sums) {
   VecF sum[R][N];
   PE_UNROLL for (int r = 0; r < R; ++r) {
     PE_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = load(sums[r] + d0 + n * VecF::size);
@@ -185,10 +193,14 @@ static inline void accumulate_vecs(const float* const* weights, int lo, int hi, 
   for (int begin = lo; begin < hi;) {
     const int lane_block = begin / kLaneKeys;
     const int end = hi < (lane_block + 1) * kLaneKeys ? hi : (lane_block + 1) * kLaneKeys;
-    const T* row = values[lane_block] + (begin - lane_block * kLaneKeys) * row_stride + d0;
-    for (int j = begin; j < end; ++j, row += row_stride) {
+    const int64_t first = (begin - lane_block * kLaneKeys) * row_stride + d0;
+    const T *row = values[lane_block] + first, *next = next_values[lane_block] + first;
+    for (int j = begin; j < end; ++j, row += row_stride, next += row_stride) {
       VecF value[N];
-      PE_UNROLL for (int n = 0; n < N; ++n) value[n] = kPartial ? load(row, tail) : load(row + n * VecF::size);
+      PE_UNROLL for (int n = 0; n < N; ++n) {
+        value[n] = kPartial ? load(row, tail) : load(row + n * VecF::size);
+        __builtin_prefetch(next + n * VecF::size, 0, 2);
+      }
       PE_UNROLL for (int r = 0; r < R; ++r) {
         const VecF weight = set1(weights[r][j]);
         PE_UNROLL for (int n = 0; n < N; ++n) sum[r][n] = fma(weight, value[n], sum[r][n]);
@@ -203,29 +215,30 @@ static inline void accumulate_vecs(const float* const* weights, int lo, int hi, 
 
 // The same over the whole head.
 template <int R, class T>
-static void accumulate_range(const float* const* weights, int lo, int hi, const T* const* values, int64_t row_stride,
-                             int64_t head_dim, float* const* sums) {
+static void accumulate_range(const float* const* weights, int lo, int hi, const T* const* values, const T* const* next,
+                             int64_t row_stride, int64_t head_dim, float* const* sums) {
   int64_t d = 0;
   for (; head_dim - d >= kTileVecs * VecF::size; d += kTileVecs * VecF::size)
-    accumulate_vecs<R, kTileVecs, false>(weights, lo, hi, values, row_stride, d, 0, sums);
+    accumulate_vecs<R, kTileVecs, false>(weights, lo, hi, values, next, row_stride, d, 0, sums);
   if constexpr (kTileVecs > 2) {
     if (head_dim - d >= 2 * VecF::size) {
-      accumulate_vecs<R, 2, false>(weights, lo, hi, values, row_stride, d, 0, sums);
+      accumulate_vecs<R, 2, false>(weights, lo, hi, values, next, row_stride, d, 0, sums);
       d += 2 * VecF::size;
     }
   }
   if (head_dim - d >= VecF::size) {
-    accumulate_vecs<R, 1, false>(weights, lo, hi, values, row_stride, d, 0, sums);
+    accumulate_vecs<R, 1, false>(weights, lo, hi, values, next, row_stride, d, 0, sums);
     d += VecF::size;
   }
-  if (head_dim > d) accumulate_vecs<R, 1, true>(weights, lo, hi, values, row_stride, d, head_dim - d, sums);
+  if (head_dim > d) accumulate_vecs<R, 1, true>(weights, lo, hi, values, next, row_stride, d, head_dim - d, sums);
 }
 
 // acc[r] = acc[r] * factor[r] + sum_j(weights[r][j] * values[j]) over the range of each row: what all rows see in one
 // tile, the rest row by row, so that j ascends in each.
 template <int R, class T>
 static inline void accumulate_tile(const RowTile& tile, const float (*weights)[kBlockKeys], const T* const* values,
-                                   int64_t row_stride, int64_t head_dim, const float* factor, float* const* acc) {
+                                   const T* const* next, int64_t row_stride, int64_t head_dim, const float* factor,
+                                   float* const* acc) {
   alignas(64) float block_sums[R][kAttentionMaxHeadDim];
   const float* w[R];
   float* sums[R];
@@ -240,11 +253,11 @@ static inline void accumulate_tile(const RowTile& tile, const float (*weights)[k
   if (lo >= hi) lo = hi = kBlockKeys;  // nothing in common: each row is its own first part
   for (int r = 0; r < R; ++r) {
     const int end = tile.hi[r] < lo ? tile.hi[r] : lo;
-    if (tile.lo[r] < end) accumulate_range<1>(w + r, tile.lo[r], end, values, row_stride, head_dim, sums + r);
+    if (tile.lo[r] < end) accumulate_range<1>(w + r, tile.lo[r], end, values, next, row_stride, head_dim, sums + r);
   }
-  if (lo < hi) accumulate_range<R>(w, lo, hi, values, row_stride, head_dim, sums);
+  if (lo < hi) accumulate_range<R>(w, lo, hi, values, next, row_stride, head_dim, sums);
   for (int r = 0; r < R; ++r) {
-    if (hi < tile.hi[r]) accumulate_range<1>(w + r, hi, tile.hi[r], values, row_stride, head_dim, sums + r);
+    if (hi < tile.hi[r]) accumulate_range<1>(w + r, hi, tile.hi[r], values, next, row_stride, head_dim, sums + r);
     const VecF scale = set1(factor[r]);
     for (int64_t d = 0; d < padded(head_dim); d += VecF::size)
       store(acc[r] + d, fma(load(acc[r] + d), scale, load(sums[r] + d)));
@@ -329,17 +342,18 @@ struct ForwardRows {
   }
 };
 
-// Where a 64-key block lies, lane block by lane block; only those that some row sees are set.
+// Where a 64-key block lies, lane block by lane block; only those that some row sees are set. The next ones lie anywhere
+// too: no hardware foresees them.
 template <class T>
 struct KvBlock {
-  const T* k[kLaneBlocks];  // [D][16]
-  const T* v[kLaneBlocks];  // 16 rows
+  const T *k[kLaneBlocks], *next_k[kLaneBlocks];  // [D][16]
+  const T *v[kLaneBlocks], *next_v[kLaneBlocks];  // 16 rows
   int64_t v_row_stride;
 };
 template <>
 struct KvBlock<int8_t> {
-  const int8_t* k[kLaneBlocks];
-  const int8_t* v[kLaneBlocks];
+  const int8_t *k[kLaneBlocks], *next_k[kLaneBlocks];
+  const int8_t *v[kLaneBlocks], *next_v[kLaneBlocks];
   int64_t v_row_stride;
   const float* k_scales[kLaneBlocks];  // 16 of the lane block's keys
   const float* v_scales[kLaneBlocks];
@@ -426,7 +440,7 @@ static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn&
           acc[i] = rows.acc_row(tile.row[i]);
         }
         const int begin = tile.lane_block_begin(), end = tile.lane_block_end();
-        dot_tile<R>(q, kv.k, begin, end, rows.head_dim, scores);
+        dot_tile<R>(q, kv.k, kv.next_k, begin, end, rows.head_dim, scores);
         if constexpr (sizeof(T) == 1) scale_keys<R>(kv.k_scales, begin, end, scores);
         for (int i = 0; i < R; ++i)
           factor[i] = softmax_row(rows, tile.row[i], tile.lo[i], tile.hi[i], set1(scale), scores[i]);
@@ -434,9 +448,9 @@ static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn&
         if constexpr (kPairs) {
           alignas(64) bf16 weights[R][kBlockKeys];
           for (int i = 0; i < R; ++i) store_row(weights[i], kBlockKeys, scores[i], [](VecF v) { return v; });
-          accumulate_tile<R>(tile, weights, kv.v, kv.v_row_stride, rows.head_dim, factor, acc);
+          accumulate_tile<R>(tile, weights, kv.v, kv.next_v, kv.v_row_stride, rows.head_dim, factor, acc);
         } else {
-          accumulate_tile<R>(tile, scores, kv.v, kv.v_row_stride, rows.head_dim, factor, acc);
+          accumulate_tile<R>(tile, scores, kv.v, kv.next_v, kv.v_row_stride, rows.head_dim, factor, acc);
         }
       });
     });
