@@ -7,7 +7,7 @@ import pytest
 from rules import ROOT, tracked
 
 # What each package may import besides itself, `errors` and the version in `pyengine`.
-CORE = {"_C", "spec", "jsonfile", "ledger", "families", "tokenizer", "formats"}
+CORE = {"_C", "spec", "jsonfile", "ledger", "families", "tokenizer", "formats", "adapters"}
 TORCH = CORE | {"reference", "ops", "nn", "optim", "models", "train"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -18,12 +18,13 @@ ALLOWED: dict[str, set[str]] = {
     "formats": {"_C"},
     "families": {"spec", "jsonfile"},
     "tokenizer": {"spec", "jsonfile", "formats"},
+    "adapters": {"spec", "jsonfile", "ledger", "families", "formats"},
     "infer": CORE,
     "reference": set(),
     "ops": {"_C", "reference"},
     "nn": {"ops", "spec"},
     "optim": {"ops"},
-    "models": {"ops", "nn", "spec", "jsonfile", "families", "formats"},
+    "models": {"ops", "nn", "spec", "jsonfile", "families", "formats", "adapters"},
     "data": {"spec", "ledger", "tokenizer", "formats"},
     "evals": {"infer", "data"} | CORE,
     "quant": {"infer", "data"} | CORE,
@@ -32,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": {"nn", "models", "data", "tokenizer", "formats"},
     "recipes": TORCH | {"data", "evals", "quant", "infer"},
     "demo": TORCH | {"data", "evals", "quant", "infer", "report", "calibrate", "recipes"},
-    "testing": {"_C", "reference", "ops", "spec", "families", "tokenizer", "formats"},
+    "testing": {"_C", "reference", "ops", "spec", "families", "tokenizer", "formats", "adapters"},
 }
 NO_TORCH = {
     "errors",
@@ -43,6 +44,7 @@ NO_TORCH = {
     "formats",
     "families",
     "tokenizer",
+    "adapters",
     "infer",
     "data",
     "evals",

@@ -273,17 +273,15 @@ void bind_engine(py::module_& m) {
       .def("step", step, py::arg("token_ids"), py::arg("seqs"), py::arg("rows"), py::kw_only(),
            py::arg("logits") = py::none(), py::arg("targets") = py::none(), py::arg("target_logprobs") = py::none(),
            py::arg("hidden_rows") = py::none(), py::arg("hidden") = py::none())
-      .def("add_sequence", &Decoder::add_sequence, py::arg("salt") = py::none())
-      .def(
-          "fork_sequence", [](Decoder& d, int32_t seq) { return d.cache().fork_sequence(seq); }, py::arg("seq"))
+      .def("add_sequence", &Decoder::add_sequence, py::arg("salt") = py::none(), py::arg("adapter") = py::none())
+      .def("fork_sequence", &Decoder::fork_sequence, py::arg("seq"))
       .def(
           "adopt_prefix",
           [](Decoder& d, int32_t seq, const Tensor& next_token_ids) {
             return d.cache().adopt_prefix(seq, span_of(ids(next_token_ids, "next_token_ids")));
           },
           py::arg("seq"), py::arg("next_token_ids"))
-      .def(
-          "free_sequence", [](Decoder& d, int32_t seq) { d.cache().free_sequence(seq); }, py::arg("seq"))
+      .def("free_sequence", &Decoder::free_sequence, py::arg("seq"))
       .def(
           "pages_needed", [](Decoder& d, int32_t seq, int64_t n) { return d.cache().pages_needed(seq, n); },
           py::arg("seq"), py::arg("num_tokens"))

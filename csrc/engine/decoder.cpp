@@ -105,7 +105,7 @@ size_t buffer_bytes(const ModelConfig& c, int64_t max_tokens) {
 
 const char* phase_kind_name(PhaseKind kind) {
   constexpr const char* kNames[] = {"embed",   "norm",   "qkv",  "rope", "attention", "o",
-                                    "gate_up", "swiglu", "down", "head", "logprob"};
+                                    "gate_up", "swiglu", "down", "head", "logprob",   "lora"};
   return kNames[static_cast<int>(kind)];
 }
 
@@ -121,11 +121,30 @@ Decoder::Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache,
     *buffers[i] = arena_.allocate(static_cast<size_t>(buffer_rows(max_tokens) * widths[i] * bytes_of(c.act_dtype)));
   workspace_ = arena_.allocate(workspace_bytes(c, max_tokens));
   logits_ = reinterpret_cast<float*>(arena_.allocate(static_cast<size_t>(kHeadRows * c.vocab_size * 4)));
+  adapter_buffers_ = adapter_buffers();
 }
 
-int32_t Decoder::add_sequence(std::optional<std::string> salt) {
-  if (salt) salt = std::string(isa_name(active_isa())) + ':' + *salt;
-  return cache_.add_sequence(std::move(salt));
+int32_t Decoder::add_sequence(std::optional<std::string> salt, std::shared_ptr<const Adapter> adapter) {
+  if (salt) {
+    const std::string of_adapter = adapter ? '#' + std::to_string(adapter->id()) : "";
+    salt = isa_name(active_isa()) + of_adapter + ':' + *salt;
+  }
+  const int32_t seq = cache_.add_sequence(std::move(salt));
+  adapters_.resize(std::max(adapters_.size(), static_cast<size_t>(seq) + 1));
+  adapters_[static_cast<size_t>(seq)] = std::move(adapter);
+  return seq;
+}
+
+int32_t Decoder::fork_sequence(int32_t seq) {
+  const int32_t child = cache_.fork_sequence(seq);
+  adapters_.resize(std::max(adapters_.size(), static_cast<size_t>(child) + 1));
+  adapters_[static_cast<size_t>(child)] = adapters_[static_cast<size_t>(seq)];
+  return child;
+}
+
+void Decoder::free_sequence(int32_t seq) {
+  cache_.free_sequence(seq);
+  adapters_[static_cast<size_t>(seq)] = nullptr;
 }
 
 void Decoder::check(const Step& step) {
@@ -192,6 +211,9 @@ void Decoder::place(const Step& step) {
 void Decoder::step(const Step& step) {
   check(step);
   place(step);
+  std::vector<const Adapter*> adapters;
+  for (const int32_t seq : step.seqs) adapters.push_back(adapters_[static_cast<size_t>(seq)].get());
+  adapter_plan_.update(adapters, adapter_buffers_, model_->config().act_dtype);
   const int num_workers = region_size();
   Phases phases(num_workers);
   reserve_scratch(num_workers);
@@ -326,6 +348,27 @@ void Decoder::linear(Phases::Worker& worker, const Linear& parts, const void* x,
   }
 }
 
+std::vector<AdapterBuffers> Decoder::adapter_buffers() const {
+  const ModelConfig& c = model_->config();
+  std::vector<AdapterBuffers> buffers;
+  for (int64_t i = 0; i < c.num_layers; ++i) {
+    const LayerWeights& layer = model_->layer(i);
+    buffers.push_back({layer.attention_norm ? y_ : h_, qkv_, c.hidden_size, c.qkv_size()});
+    buffers.push_back({attended_, delta_, c.q_size(), c.hidden_size});
+    buffers.push_back({layer.mlp_norm ? y_ : h_, gate_up_, c.hidden_size, 2 * c.intermediate_size});
+    buffers.push_back({mlp_, delta_, c.intermediate_size, c.hidden_size});
+  }
+  return buffers;
+}
+
+void Decoder::adapt(Phases::Worker& worker, int64_t layer, AdapterSlot slot) {
+  const AdapterPlan::Product* product = adapter_plan_.product(layer, slot);
+  if (!product) return;
+  for (const LoraProduct part : {LoraProduct::shrink, LoraProduct::expand})
+    worker.run(product->num_tiles(part), 1, [&](int64_t begin, int64_t end) { product->run(part, begin, end); });
+  mark(worker, PhaseKind::lora);
+}
+
 void Decoder::settle(const void* bias, const void* post_norm, int64_t begin, int64_t end) const {
   const ModelConfig& c = model_->config();
   if (bias) add_rows(delta_, c.hidden_size, bias, 0, c.hidden_size, begin, end, c.act_dtype);
@@ -427,6 +470,7 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
     const void* x = enter(i > 0 ? &before : nullptr, layer.attention_norm, layer.qkv);
     linear(worker, layer.qkv, x, c.hidden_size, qkv_, qkv, num_tokens, act);
     mark(worker, PhaseKind::qkv);
+    adapt(worker, i, AdapterSlot::qkv);
 
     // Query and key heads lie side by side in a row of qkv, so one rotation takes both.
     const Rope rope{.x = qkv_,
@@ -514,11 +558,13 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
     }
     linear(worker, layer.o, attended_, c.q_size(), delta_, c.hidden_size, num_tokens, act);
     mark(worker, PhaseKind::o);
+    adapt(worker, i, AdapterSlot::o);
 
     before = {layer.o_bias, layer.attention_post_norm};
     x = enter(&before, layer.mlp_norm, layer.gate_up);
     linear(worker, layer.gate_up, x, c.hidden_size, gate_up_, 2 * c.intermediate_size, num_tokens, act);
     mark(worker, PhaseKind::gate_up);
+    adapt(worker, i, AdapterSlot::gate_up);
 
     const SwigluFwd swiglu{.gate = gate_up_,
                            .up = at(gate_up_, c.intermediate_size, act),
@@ -539,6 +585,7 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
     mark(worker, PhaseKind::swiglu);
     linear(worker, layer.down, mlp_, c.intermediate_size, delta_, c.hidden_size, num_tokens, act);
     mark(worker, PhaseKind::down);
+    adapt(worker, i, AdapterSlot::down);
     before = {layer.down_bias, layer.mlp_post_norm};
   }
   // The head adds delta as it finds it, to a row as often as it is asked for.

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/adapters.h"
 #include "engine/kv_cache.h"
 #include "engine/model.h"
 #include "engine/phases.h"
@@ -21,8 +22,8 @@
 namespace pe {
 
 // Kinds of phases, for the profile.
-enum class PhaseKind : int { embed, norm, qkv, rope, attention, o, gate_up, swiglu, down, head, logprob };
-constexpr int kNumPhaseKinds = 11;
+enum class PhaseKind : int { embed, norm, qkv, rope, attention, o, gate_up, swiglu, down, head, logprob, lora };
+constexpr int kNumPhaseKinds = 12;
 const char* phase_kind_name(PhaseKind kind);
 
 struct Profile {
@@ -35,8 +36,11 @@ class Decoder {
   // max_tokens: the most tokens of one step.
   Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache, int64_t max_tokens);
 
-  // A new sequence; with a salt it shares full pages with others of the same salt, tokens and ISA level.
-  int32_t add_sequence(std::optional<std::string> salt);
+  // A new sequence, computed with `adapter` if there is one, which is kept alive until the sequence is freed; with a salt
+  // it shares full pages with others of the same salt, adapter, tokens and ISA level.
+  int32_t add_sequence(std::optional<std::string> salt, std::shared_ptr<const Adapter> adapter = nullptr);
+  int32_t fork_sequence(int32_t seq);
+  void free_sequence(int32_t seq);
 
   // Appends token_ids[t] to sequence seqs[t] for every t (tokens of one sequence in order; slots claimed by grow
   // before) and computes what `outputs` asks for. Throws ArgumentError for bad ids, sequences or rows, and changes
@@ -84,6 +88,9 @@ class Decoder {
                             int64_t num_rows, DType y_dtype) const;
   MatmulW4A8 int8_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
                           int64_t num_rows, DType y_dtype) const;
+  std::vector<AdapterBuffers> adapter_buffers() const;
+  // Adds what the adapters of the rows add to a product of the layer.
+  void adapt(Phases::Worker& worker, int64_t layer, AdapterSlot slot);
   void mark(Phases::Worker& worker, PhaseKind kind);
 
   std::shared_ptr<const Model> model_;
@@ -99,6 +106,9 @@ class Decoder {
   std::unique_ptr<Arena> scratch_;  // of attention, scratch_bytes_ per worker
   uint8_t* scratch_base_ = nullptr;
   size_t scratch_bytes_ = 0;
+  std::vector<std::shared_ptr<const Adapter>> adapters_;  // of each sequence
+  std::vector<AdapterBuffers> adapter_buffers_;           // [num_layers * kNumAdapterSlots]
+  AdapterPlan adapter_plan_;
   Profile profile_;
   double last_mark_ = 0;
 };

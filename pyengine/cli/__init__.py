@@ -18,6 +18,7 @@ VERBS = {
     "score": "Log-probabilities of given completions.",
     "train": "Train a model: pretrain or sft.",
     "quantize": "Write a model with weights in 4 or 8 bits as a GGUF file.",
+    "merge": "Fold an adapter into the weights of its model.",
     "doctor": "What this machine offers and what pyengine chose.",
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pyengine.cli.options import engine_options, sampling_options
+from pyengine.cli.options import adapter_option, engine_options, load_adapter, sampling_options
 
 
 @click.command("chat")
@@ -15,6 +15,7 @@ from pyengine.cli.options import engine_options, sampling_options
 @click.option("--system", default=None, help="Instructions that stand before the conversation.")
 @click.option("--message", "-m", multiple=True, help="Say this and leave; several are several turns.")
 @click.option("--explain", "show_explain", is_flag=True, help="Print what was chosen, and the speed of each answer.")
+@adapter_option
 @engine_options
 @sampling_options
 def command(
@@ -22,6 +23,7 @@ def command(
     system: str | None,
     message: tuple[str, ...],
     show_explain: bool,
+    adapter: str | None,
     weights: str,
     mode: str,
     threads: int | None,
@@ -37,6 +39,7 @@ def command(
     from pyengine.infer import LLM, SamplingParams
 
     llm = LLM(model, weights=weights, mode=mode, threads=threads, max_context=max_context)
+    name = load_adapter(llm, adapter)
     params = SamplingParams(**sampling)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     if show_explain:
@@ -49,7 +52,7 @@ def command(
         messages.append({"role": "user", "content": text})
         start = time.perf_counter()
         answer, num_tokens = "", 0
-        for piece in llm.chat(messages, params, stream=True):
+        for piece in llm.chat(messages, params, stream=True, adapter=name):
             click.echo(piece.text, nl=False)
             answer += piece.text
             num_tokens += len(piece.token_ids)

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import click
 
-from pyengine.cli.options import engine_options, sampling_options
+from pyengine.cli.options import adapter_option, engine_options, load_adapter, sampling_options
 
 
 @click.command("generate")
@@ -23,6 +23,7 @@ from pyengine.cli.options import engine_options, sampling_options
 @click.option("--regex", default=None, help="The answer matches it as a whole.")
 @click.option("--choice", multiple=True, help="The answer is one of these; give it several times.")
 @click.option("--grammar", type=click.File(encoding="utf-8"), default=None, help="File: the answer's Lark grammar.")
+@adapter_option
 @engine_options
 @sampling_options
 def command(
@@ -36,6 +37,7 @@ def command(
     regex: str | None,
     choice: tuple[str, ...],
     grammar: IO[str] | None,
+    adapter: str | None,
     weights: str,
     mode: str,
     threads: int | None,
@@ -62,13 +64,14 @@ def command(
     params = SamplingParams(logprobs=logprobs, n=n, best_of=best_of, structured_outputs=outputs, **sampling)
     texts = list(prompts) or [line.rstrip("\n") for line in sys.stdin]
     llm = LLM(model, weights=weights, mode=mode, threads=threads, max_context=max_context)
+    name = load_adapter(llm, adapter)
     if len(texts) == 1 and params.num_drawn == 1 and not as_json:
-        for piece in llm.stream(texts[0], params):
+        for piece in llm.stream(texts[0], params, adapter=name):
             click.echo(piece.text, nl=False)
         click.echo()
         return
     each = [text for text in texts for _ in range(n)]
-    for text, completion in zip(each, llm.generate(texts, params), strict=True):
+    for text, completion in zip(each, llm.generate(texts, params, adapter=name), strict=True):
         if as_json:
             click.echo(json.dumps({"prompt": text, **asdict(completion)}, ensure_ascii=False))
         else:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from pyengine.infer import LLM
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +37,18 @@ def engine_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def adapter_option(function: F) -> F:
+    """--adapter."""
+    return click.option(
+        "--adapter", type=click.Path(), default=None, help="Folder of a low-rank adapter in the format of PEFT."
+    )(function)
+
+
+def load_adapter(llm: LLM, path: str | None) -> str | None:
+    """The name that the adapter of --adapter is served by."""
+    return None if path is None else llm.load_adapter("adapter", path).name
 
 
 def sampling_options(function: F) -> F:

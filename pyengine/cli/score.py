@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from pyengine.cli.options import engine_options
+from pyengine.cli.options import adapter_option, engine_options, load_adapter
 
 if TYPE_CHECKING:
     from pyengine.infer import Score
@@ -33,6 +33,7 @@ class Pair(msgspec.Struct):
     help='A .jsonl file of {"prompt": ..., "completion": ...}, texts or token ids, in the place of arguments.',
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per completion, with every token.")
+@adapter_option
 @engine_options
 def command(
     model: str,
@@ -40,6 +41,7 @@ def command(
     completions: tuple[str, ...],
     pairs_file: str | None,
     as_json: bool,
+    adapter: str | None,
     weights: str,
     mode: str,
     threads: int | None,
@@ -58,9 +60,12 @@ def command(
     from pyengine.infer import LLM
 
     llm = LLM(model, weights=weights, mode=mode, threads=threads, max_context=max_context)
+    name = load_adapter(llm, adapter)
     if pairs_file is None:
         assert prompt is not None
-        for text, score in zip(completions, llm.score([prompt] * len(completions), completions), strict=True):
+        for text, score in zip(
+            completions, llm.score([prompt] * len(completions), completions, adapter=name), strict=True
+        ):
             _show(text, score, as_json)
         return
     waiting: list[str | list[int]] = []
@@ -70,7 +75,7 @@ def command(
             waiting.append(pair.completion)
             yield pair.prompt, pair.completion
 
-    for score in counted(llm.score_stream(pairs()), "pairs", weigh=lambda score: len(score.token_ids)):
+    for score in counted(llm.score_stream(pairs(), adapter=name), "pairs", weigh=lambda score: len(score.token_ids)):
         _show(waiting.pop(0), score, as_json)
 
 

@@ -1,5 +1,6 @@
 """Inference: `LLM`, `AsyncLLM`, sampling options, results. Nothing here imports torch."""
 
+from pyengine.infer.adapters import AdapterInfo
 from pyengine.infer.async_llm import AsyncLLM
 from pyengine.infer.beam_search import BeamSearchParams
 from pyengine.infer.grammar import StructuredOutputError
@@ -10,6 +11,7 @@ from pyengine.infer.structured_outputs import StructuredOutputs
 
 __all__ = [
     "LLM",
+    "AdapterInfo",
     "AsyncLLM",
     "BeamSearchParams",
     "Classification",

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
 from pyengine.errors import ArgumentError
+from pyengine.infer.adapters import AdapterInfo
 from pyengine.infer.engine_thread import EngineThread
 from pyengine.infer.llm import LLM, best_of
 from pyengine.infer.outputs import Classification, Completion, Score, TextPiece
@@ -19,6 +20,7 @@ from pyengine.infer.reading import Float32, PooledReading, Pooling, TargetReadin
 from pyengine.infer.sampling_params import SamplingParams
 from pyengine.infer.scheduler import MAX_RUNNING
 from pyengine.infer.sequence import Sequence
+from pyengine.infer.text_reader import AdapterNames
 
 DEFAULT_MAX_REQUESTS = 256
 
@@ -49,31 +51,51 @@ class AsyncLLM:
         weakref.finalize(self, self._engine.stop)
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        adapter: str | None = None,
     ) -> Completion:
         """Complete one prompt; see LLM.generate."""
         if params is not None and params.n != 1:
             raise ArgumentError(f"n: expected 1, got {params.n}; use generate_all")
-        return (await self.generate_all(prompt, params, priority=priority, cache_salt=cache_salt))[0]
+        return (await self.generate_all(prompt, params, priority=priority, cache_salt=cache_salt, adapter=adapter))[0]
 
     async def generate_all(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        adapter: str | None = None,
     ) -> list[Completion]:
         """The n completions of one prompt."""
 
         def start() -> list[Sequence]:
-            return self.llm._start([prompt], params, stream=False, priority=priority, cache_salt=cache_salt)[0]
+            return self.llm._start(
+                [prompt], params, stream=False, priority=priority, cache_salt=cache_salt, adapter=adapter
+            )[0]
 
         return best_of(await self._run(start))
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        adapter: str | None = None,
     ) -> AsyncIterator[TextPiece]:
         """Complete one prompt piece by piece; the request starts with the first piece that is asked for.
 
         The pieces of n completions come mixed; `index` tells which one a piece belongs to.
         """
-        return self._pieces(lambda: prompt, params, priority=priority, cache_salt=cache_salt)
+        return self._pieces(lambda: prompt, params, priority=priority, cache_salt=cache_salt, adapter=adapter)
 
     @overload
     def chat(
@@ -82,6 +104,7 @@ class AsyncLLM:
         params: SamplingParams | None = ...,
         *,
         stream: Literal[False] = ...,
+        adapter: str | None = ...,
         **variables: Any,
     ) -> Awaitable[Completion]: ...
     @overload
@@ -91,6 +114,7 @@ class AsyncLLM:
         params: SamplingParams | None = ...,
         *,
         stream: Literal[True],
+        adapter: str | None = ...,
         **variables: Any,
     ) -> AsyncIterator[TextPiece]: ...
     def chat(
@@ -99,6 +123,7 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         stream: bool = False,
+        adapter: str | None = None,
         **variables: Any,
     ) -> Awaitable[Completion] | AsyncIterator[TextPiece]:
         """Answer a conversation: await it, or iterate over its pieces with `stream`; see LLM.chat."""
@@ -107,10 +132,10 @@ class AsyncLLM:
             return self.llm.chat_prompt(messages, **variables)
 
         if stream:
-            return self._pieces(prompt, params, priority=0, cache_salt="")
+            return self._pieces(prompt, params, priority=0, cache_salt="", adapter=adapter)
 
         def start() -> list[Sequence]:
-            return self.llm._start([prompt()], params, stream=False)[0]
+            return self.llm._start([prompt()], params, stream=False, adapter=adapter)[0]
 
         async def answer() -> Completion:
             return best_of(await self._run(start))[0]
@@ -118,12 +143,20 @@ class AsyncLLM:
         return answer()
 
     async def score(
-        self, prompts: SequenceOf[Prompt], completions: SequenceOf[Prompt], *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompts: SequenceOf[Prompt],
+        completions: SequenceOf[Prompt],
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        adapter: AdapterNames = None,
     ) -> list[Score]:
         """Log-probability of every token of each completion after its prompt; see LLM.score."""
 
         def start() -> list[TargetReading]:
-            return self.llm._score_readings(prompts, completions, priority=priority, cache_salt=cache_salt)
+            return self.llm._score_readings(
+                prompts, completions, priority=priority, cache_salt=cache_salt, adapter=adapter
+            )
 
         return [reading.score() for reading in await self._run(start)]
 
@@ -135,23 +168,39 @@ class AsyncLLM:
         normalize: bool = True,
         priority: int = 0,
         cache_salt: str = "",
+        adapter: AdapterNames = None,
     ) -> Float32:
         """One vector for each text: float32 [len(prompts), hidden_size]; see LLM.embed."""
 
         def start() -> list[PooledReading]:
-            return self.llm._embed_readings(prompts, pooling=pooling, priority=priority, cache_salt=cache_salt)
+            return self.llm._embed_readings(
+                prompts, pooling=pooling, priority=priority, cache_salt=cache_salt, adapter=adapter
+            )
 
         return self.llm._embeddings(await self._run(start), normalize)
 
     async def classify(
-        self, prompts: Prompt | SequenceOf[Prompt], *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        adapter: AdapterNames = None,
     ) -> list[Classification]:
         """What the classifier of the model says about each text; see LLM.classify."""
 
         def start() -> list[PooledReading]:
-            return self.llm._classify_readings(prompts, priority=priority, cache_salt=cache_salt)
+            return self.llm._classify_readings(prompts, priority=priority, cache_salt=cache_salt, adapter=adapter)
 
         return self.llm._classifications(await self._run(start))
+
+    async def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
+        """See LLM.load_adapter. Requests run on meanwhile."""
+        return await asyncio.to_thread(self.llm.load_adapter, name, path)
+
+    def drop_adapter(self, name: str) -> None:
+        """See LLM.drop_adapter."""
+        self.llm.drop_adapter(name)
 
     @property
     def num_requests(self) -> int:
@@ -186,13 +235,21 @@ class AsyncLLM:
             return works
 
     async def _pieces(
-        self, prompt: Callable[[], Prompt], params: SamplingParams | None, *, priority: int, cache_salt: str
+        self,
+        prompt: Callable[[], Prompt],
+        params: SamplingParams | None,
+        *,
+        priority: int,
+        cache_salt: str,
+        adapter: str | None,
     ) -> AsyncGenerator[TextPiece, None]:
         if params is not None and params.best_of is not None:
             raise ArgumentError(f"best_of: expected None for a stream, got {params.best_of}")
 
         def start() -> list[Sequence]:
-            return self.llm._start([prompt()], params, stream=True, priority=priority, cache_salt=cache_salt)[0]
+            return self.llm._start(
+                [prompt()], params, stream=True, priority=priority, cache_salt=cache_salt, adapter=adapter
+            )[0]
 
         with self._engine.place() as place:
             place.works = await asyncio.to_thread(start)

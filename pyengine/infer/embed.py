@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from pyengine import _C
 from pyengine.errors import ArgumentError
 from pyengine.infer.classifier import Classifier
 from pyengine.infer.prompts import Prompt, PromptEncoder
@@ -17,19 +18,21 @@ from pyengine.infer.scheduler import check_priority, check_salt
 def pooled_readings(
     encoder: PromptEncoder,
     prompts: Iterable[Prompt],
+    adapters: Iterable[_C.Adapter | None],
     *,
     pooling: Pooling,
     priority: int,
     cache_salt: str,
     classifier: Classifier | None = None,
 ) -> Iterator[PooledReading]:
-    """One for each prompt, made as it is asked for; for a classifier without the padding at its end."""
+    """One for each prompt, made as it is asked for; `adapters` has one for each. For a classifier without the padding
+    at the end."""
     check_priority(priority)
     check_salt(cache_salt)
     if pooling not in POOLINGS:
         raise ArgumentError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r:.60}")
 
-    def reading(index: int, prompt: Prompt) -> PooledReading:
+    def reading(index: int, prompt: Prompt, adapter: _C.Adapter | None) -> PooledReading:
         name = f"prompts[{index}]"
         ids = encoder.encode_some(prompt, name)
         encoder.check_length(len(ids), name)
@@ -41,9 +44,11 @@ def pooled_readings(
             pooling=pooling,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=adapter,
         )
 
-    return (reading(index, prompt) for index, prompt in enumerate(prompts))
+    each = zip(prompts, adapters, strict=False)
+    return (reading(index, prompt, adapter) for index, (prompt, adapter) in enumerate(each))
 
 
 def embedding(pooled: npt.NDArray[np.float64], *, scale: float, normalize: bool) -> Float32:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyengine import _C
 
 if TYPE_CHECKING:
+    from pyengine.infer.adapters import AdapterInfo
     from pyengine.infer.loader import LoadedModel
     from pyengine.infer.scheduler import SchedulerStats
 
@@ -42,6 +44,7 @@ class Explanation:
     max_context: int
     prefix_cache: dict[str, int] | None = None
     """Started and hit tokens, preemptions, pages that hold prefixes, and pages evicted, copied and merged; or None."""
+    adapters: list[AdapterInfo] = field(default_factory=list)
     profile: dict[str, Any] = field(default_factory=dict)
     """Steps, tokens, and seconds by kind of phase since the model was loaded."""
 
@@ -64,6 +67,11 @@ class Explanation:
                 f"{c['num_indexed_pages']} pages kept, {c['num_evicted_pages']} evicted, "
                 f"{c['num_preemptions']} preemptions"
             )
+        for adapter in self.adapters:
+            lines.append(
+                f"adapter   {adapter.name}: {adapter.path}, {adapter.content_id}, rank {adapter.rank}, "
+                f"{adapter.num_modules} modules, {adapter.num_bytes / 1e6:.1f} MB"
+            )
         seconds = self.profile.get("seconds", {})
         total = sum(seconds.values())
         if total > 0:
@@ -73,7 +81,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(loaded: LoadedModel, stats: SchedulerStats | None) -> Explanation:
+def explain(loaded: LoadedModel, stats: SchedulerStats | None, adapters: Iterable[AdapterInfo] = ()) -> Explanation:
     """The explanation of a loaded model; `stats` where prefixes are cached."""
     info = _C.build_info()
     return Explanation(
@@ -91,5 +99,6 @@ def explain(loaded: LoadedModel, stats: SchedulerStats | None) -> Explanation:
         cache_bytes=loaded.decoder.cache_bytes,
         max_context=loaded.max_context,
         prefix_cache=None if stats is None else asdict(stats) | loaded.decoder.cache_stats(),
+        adapters=list(adapters),
         profile=loaded.decoder.profile(),
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
+from pyengine.infer.adapters import AdapterInfo, AdapterTable
 from pyengine.infer.beam_search import BeamSearchParams, beam_search
 from pyengine.infer.driver import Driver
 from pyengine.infer.engine_lock import EngineLock
@@ -24,7 +25,7 @@ from pyengine.infer.sampling_params import SamplingParams
 from pyengine.infer.scheduler import Scheduler, check_priority, check_salt
 from pyengine.infer.score import prompt_logprobs
 from pyengine.infer.sequence import KeptPages, Sequence
-from pyengine.infer.text_reader import TextReader
+from pyengine.infer.text_reader import AdapterNames, TextReader
 from pyengine.tokenizer import ChatTemplate
 
 
@@ -48,7 +49,8 @@ class LLM(TextReader):
             only its time; requests with different `cache_salt` share nothing.
 
     `priority` of a request: higher goes first, and takes memory from lower. `cache_salt`: who may notice by the time
-    that a prompt takes that another one began alike: give each tenant a salt of its own.
+    that a prompt takes that another one began alike: give each tenant a salt of its own. `adapter`: the name of
+    a loaded adapter to compute it with.
 
     Safe to call from several threads, and streams may be interleaved: what runs at the same time shares native steps.
     """
@@ -85,6 +87,7 @@ class LLM(TextReader):
         self._grammars = GrammarCompiler(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
         self._prompts = PromptEncoder(self.tokenizer, self.spec, self.max_context)
         self._lock = EngineLock()
+        self._adapters = AdapterTable(self._loaded)
         self._driver = Driver(self._scheduler, self._lock, self._runner.max_tokens)
 
     @classmethod
@@ -99,6 +102,26 @@ class LLM(TextReader):
             raise BackendUnavailable(f"{self._loaded.path}: the model has no chat template; use generate")
         return self._loaded.chat_template
 
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
+        """Read a low-rank adapter in the format of PEFT, a folder, and serve it under `name`. Others run meanwhile.
+
+        Raises ModelFileError for files that are broken or do not fit the model, ArgumentError for a name in use,
+        CapacityError where no adapter more has room.
+        """
+        return self._adapters.load(name, path)
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter. Requests under way end with it, and its memory goes with the last of them; new requests
+        cannot name it, and nothing that the cache holds of it serves another that is loaded by this name."""
+        self._adapters.drop(name)
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The loaded adapters by name."""
+        return self._adapters.infos()
+
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate(
@@ -108,18 +131,27 @@ class LLM(TextReader):
         *,
         priority: int = 0,
         cache_salt: str = "",
+        adapter: AdapterNames = None,
     ) -> list[Completion]:
         """Complete each prompt; prompts run together, and each gets the same bits as alone.
 
-        A prompt is text or token ids. `params` is one for all, or one per prompt. Returns completions in order,
-        the n of a prompt side by side.
+        A prompt is text or token ids. `params` and `adapter` are one for all, or one per prompt. Returns completions in
+        order, the n of a prompt side by side.
         """
-        groups = self._start(prompt_list(prompts), params, stream=False, priority=priority, cache_salt=cache_salt)
+        groups = self._start(
+            prompt_list(prompts), params, stream=False, priority=priority, cache_salt=cache_salt, adapter=adapter
+        )
         self._driver.run([sequence for group in groups for sequence in group])
         return [completion for group in groups for completion in best_of(group)]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        adapter: str | None = None,
     ) -> Iterator[TextPiece]:
         """Complete one prompt piece by piece. Closing the iterator cancels the request.
 
@@ -127,7 +159,9 @@ class LLM(TextReader):
         """
         if params is not None and params.best_of is not None:
             raise ArgumentError(f"best_of: expected None for a stream, got {params.best_of}")
-        (sequences,) = self._start([prompt], params, stream=True, priority=priority, cache_salt=cache_salt)
+        (sequences,) = self._start(
+            [prompt], params, stream=True, priority=priority, cache_salt=cache_salt, adapter=adapter
+        )
         return self._driver.stream(sequences)
 
     @overload
@@ -137,6 +171,7 @@ class LLM(TextReader):
         params: SamplingParams | None = ...,
         *,
         stream: Literal[False] = ...,
+        adapter: str | None = ...,
         **variables: Any,
     ) -> Completion: ...
     @overload
@@ -146,6 +181,7 @@ class LLM(TextReader):
         params: SamplingParams | None = ...,
         *,
         stream: Literal[True],
+        adapter: str | None = ...,
         **variables: Any,
     ) -> Iterator[TextPiece]: ...
     def chat(
@@ -154,6 +190,7 @@ class LLM(TextReader):
         params: SamplingParams | None = None,
         *,
         stream: bool = False,
+        adapter: str | None = None,
         **variables: Any,
     ) -> Completion | Iterator[TextPiece]:
         """Answer a conversation, a list of {"role", "content"}, by the model's chat template; the first answer of n.
@@ -162,8 +199,8 @@ class LLM(TextReader):
         """
         prompt = self.chat_prompt(messages, **variables)
         if stream:
-            return self.stream(prompt, params)
-        return self.generate([prompt], params)[0]
+            return self.stream(prompt, params, adapter=adapter)
+        return self.generate([prompt], params, adapter=adapter)[0]
 
     def chat_prompt(self, messages: SequenceOf[Mapping[str, Any]], **variables: Any) -> list[int]:
         """The token ids that a conversation becomes, with the prompt for the assistant's turn."""
@@ -171,20 +208,28 @@ class LLM(TextReader):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def beam_search(
-        self, prompts: Prompt | SequenceOf[Prompt], params: BeamSearchParams | None = None
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: BeamSearchParams | None = None,
+        *,
+        adapter: AdapterNames = None,
     ) -> list[Completion]:
         """The likeliest completions of each prompt, `beam_width` side by side, best first; `index` is the rank.
 
         A beam goes on from the pages of the one that it came from: a step computes one token of each.
         """
         options = params or BeamSearchParams()
+        items = prompt_list(prompts)
+        adapters = self._adapters_of(adapter, len(items))
         return [
             completion
-            for position, prompt in enumerate(prompt_list(prompts))
-            for completion in self._search(self._prompt_ids(prompt, f"prompts[{position}]"), options)
+            for position, prompt in enumerate(items)
+            for completion in self._search(
+                self._prompt_ids(prompt, f"prompts[{position}]"), options, adapters[position]
+            )
         ]
 
-    def _search(self, prompt_ids: list[int], params: BeamSearchParams) -> list[Completion]:
+    def _search(self, prompt_ids: list[int], params: BeamSearchParams, adapter: _C.Adapter | None) -> list[Completion]:
         end = () if params.ignore_eos else self.spec.eos_token_ids
         num_logprobs = min(params.num_candidates(len(end)), self.spec.vocab_size)
         params = replace(params, max_tokens=min(params.max_tokens, self.max_context - len(prompt_ids)))
@@ -198,7 +243,7 @@ class LLM(TextReader):
                 Sequence.start(prompt_ids + ids, one, self.tokenizer, self.spec, index=0, stream=False) for ids in beams
             ]
             for ids, sequence in zip(beams, sequences, strict=True):
-                sequence.num_logprobs = num_logprobs
+                sequence.num_logprobs, sequence.adapter = num_logprobs, adapter
                 sequence.origin, sequence.kept = kept.get(tuple(ids[:-1])), KeptPages()
             try:
                 self._driver.run(sequences)
@@ -226,7 +271,8 @@ class LLM(TextReader):
 
     def explain(self) -> Explanation:
         """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
-        return explain(self._loaded, self._scheduler.stats if self._prefix_cache else None)
+        stats = self._scheduler.stats if self._prefix_cache else None
+        return explain(self._loaded, stats, self.adapters.values())
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
@@ -238,6 +284,7 @@ class LLM(TextReader):
         stream: bool,
         priority: int = 0,
         cache_salt: str = "",
+        adapter: AdapterNames = None,
     ) -> list[list[Sequence]]:
         """The sequences of each prompt, checked; none runs yet."""
         check_priority(priority)
@@ -246,13 +293,21 @@ class LLM(TextReader):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ArgumentError(f"params: expected one, or {len(prompts)}, one per prompt, got {len(params)}")
+        adapters = self._adapters_of(adapter, len(prompts))
         return [
-            self._start_prompt(position, prompt, each, stream, priority, cache_salt)
-            for position, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+            self._start_prompt(position, prompt, each, stream, priority, cache_salt, its_adapter)
+            for position, (prompt, each, its_adapter) in enumerate(zip(prompts, params, adapters, strict=True))
         ]
 
     def _start_prompt(
-        self, position: int, prompt: Prompt, params: SamplingParams, stream: bool, priority: int, cache_salt: str
+        self,
+        position: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        stream: bool,
+        priority: int,
+        cache_salt: str,
+        adapter: _C.Adapter | None,
     ) -> list[Sequence]:
         ids = self._prompt_ids(prompt, f"prompts[{position}]")
         room = self.max_context - len(ids)
@@ -274,10 +329,12 @@ class LLM(TextReader):
             for index in range(params.num_drawn)
         ]
         for sequence in sequences:
-            sequence.priority, sequence.cache_salt = priority, cache_salt
+            sequence.priority, sequence.cache_salt, sequence.adapter = priority, cache_salt, adapter
         if params.prompt_logprobs is not None:
             num_top = params.prompt_logprobs
-            logprobs = prompt_logprobs(self._driver, ids, num_top, priority=priority, cache_salt=cache_salt)
+            logprobs = prompt_logprobs(
+                self._driver, ids, num_top, priority=priority, cache_salt=cache_salt, adapter=adapter
+            )
             for sequence in sequences:
                 sequence.prompt_logprobs = logprobs
         return sequences

@@ -171,7 +171,7 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
 
 
 # The stacked matrices of a layer, and the weights that each is made of.
-_SLOTS = {
+SLOTS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -205,7 +205,7 @@ def _slots(spec: ModelSpec) -> dict[str, list[str]]:
     """Native slot -> Hugging Face names, in order of execution."""
     slots = {"embed": ["model.embed_tokens.weight"]}
     for i in range(spec.num_layers):
-        for slot, parts in _SLOTS.items():
+        for slot, parts in SLOTS.items():
             slots[f"layers.{i}.{slot}"] = [f"model.layers.{i}.{part}.weight" for part in parts]
     if not spec.tie_word_embeddings:
         slots["head"] = ["lm_head.weight"]

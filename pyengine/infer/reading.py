@@ -29,6 +29,7 @@ class Reading:
     first: int
     cache_salt: str = ""
     priority: int = 0
+    adapter: _C.Adapter | None = None
     order: tuple[int, int] = (0, 0)
     slot: int | None = None
     """Number of the native sequence while it holds pages."""

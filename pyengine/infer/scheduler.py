@@ -30,6 +30,9 @@ MAX_RUNNING = 256
 MAX_PRIORITY = 2**31
 MAX_CACHE_SALT_BYTES = 256
 
+# Salt, adapter and tokens of a page that others can start behind.
+FirstPage = tuple[str, int, tuple[int, ...]]
+
 
 def check_priority(priority: int) -> int:
     """Raises ArgumentError unless it is a whole number from -2^31 to 2^31."""
@@ -185,7 +188,7 @@ class Scheduler:
         plan: dict[W, list[int]] = {}
         num_preemptions = self.stats.num_preemptions
         can_start = True
-        first_pages: set[tuple[str, tuple[int, ...]]] = set()
+        first_pages: set[FirstPage] = set()
         # One token for each that decodes, then chunks of prompts, of those that run and those that can start.
         decoding = [s for s in self._running if s.num_tokens - s.num_cached == 1]
         prompts = heapq.merge(
@@ -213,12 +216,13 @@ class Scheduler:
         # Those that gave their pages back after they had been planned are left out.
         return [(sequence, sequence.slot, chunk) for sequence, chunk in plan.items() if sequence.slot is not None]
 
-    def _first_page(self, sequence: Work) -> tuple[str, tuple[int, ...]] | None:
+    def _first_page(self, sequence: Work) -> FirstPage | None:
         """What a page that others can start behind holds. One that begins alike waits a step until it is computed."""
         size = int(self._decoder.page_size)
         if not self._prefix_cache or len(sequence.prompt_token_ids) <= size:
             return None
-        return sequence.cache_salt, tuple(sequence.prompt_token_ids[:size])
+        adapter_id = 0 if sequence.adapter is None else sequence.adapter.id
+        return sequence.cache_salt, adapter_id, tuple(sequence.prompt_token_ids[:size])
 
     def _start(self, sequence: Work) -> bool:
         """Let a waiting sequence run, if all its tokens fit; those of lower priority give their pages back for it."""
@@ -246,7 +250,7 @@ class Scheduler:
             slot = self._decoder.fork_sequence(origin)
             num_hit = self._decoder.length(slot)
         else:
-            slot = self._decoder.add_sequence(sequence.cache_salt if self._prefix_cache else None)
+            slot = self._decoder.add_sequence(sequence.cache_salt if self._prefix_cache else None, sequence.adapter)
             num_hit = 0
             if self._prefix_cache:
                 ids = sequence.pending_token_ids(sequence.num_adoptable)

@@ -68,6 +68,8 @@ class Sequence:
     """Start from a copy of these, if they are there."""
     kept: KeptPages | None = None
     """Leave the pages here at the end."""
+    adapter: _C.Adapter | None = None
+    """It is computed with this one, whatever happens to the name that it was loaded by."""
     order: tuple[int, int] = (0, 0)
     """Place in the scheduler's queues."""
     pieces: list[str] = field(default_factory=list)

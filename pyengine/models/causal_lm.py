@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyengine.adapters import AdapterConfig
 from pyengine.errors import ArgumentError
 from pyengine.models.initialize import initialize
 from pyengine.models.packing import pack_positions
@@ -131,6 +132,8 @@ class CausalLM(nn.Module):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ArgumentError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         self.spec = spec
+        self.adapter_config: AdapterConfig | None = None
+        """Of the low-rank adapter that it has, see `pyengine.models.add_adapter`."""
         self.model = Decoder(spec, dtype, device)
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, dtype=dtype, device=device)

@@ -4,6 +4,7 @@ from pyengine.ops.adamw import adamw_
 from pyengine.ops.attention import attention
 from pyengine.ops.attention_decode import attention_decode, kv_append
 from pyengine.ops.linear_cross_entropy import linear_cross_entropy
+from pyengine.ops.lora import lora, lora_rows
 from pyengine.ops.matmul import matmul
 from pyengine.ops.matmul_w4a8 import matmul_w4a8
 from pyengine.ops.matmul_w4a16 import matmul_w4a16
@@ -20,6 +21,8 @@ __all__ = [
     "attention_decode",
     "kv_append",
     "linear_cross_entropy",
+    "lora",
+    "lora_rows",
     "matmul",
     "matmul_w4a8",
     "matmul_w4a16",

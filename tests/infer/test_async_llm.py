@@ -12,6 +12,7 @@ import pytest
 
 from pyengine import LLM, AsyncLLM, SamplingParams
 from pyengine.errors import ArgumentError, BackendUnavailable, CapacityError
+from pyengine.infer.sequence import Sequence
 
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=60, temperature=0.9, seed=3, ignore_eos=True, logprobs=1)
@@ -476,4 +477,26 @@ def test_one_failed_completion_ends_all_of_its_request(llm, monkeypatch):
                 await it.generate_all([1, 2], SamplingParams(max_tokens=50, n=4, temperature=1.0, ignore_eos=True))
             assert len((await it.generate([1], GREEDY)).token_ids) == 20
 
+    asyncio.run(main())
+
+
+def test_the_others_of_a_request_go_with_the_one_that_fails(llm, monkeypatch):
+    accept = Sequence.accept
+
+    def broken(sequence, *arguments):
+        if sequence.index == 1 and len(sequence.token_ids) == 3:
+            sequence.failure = MemoryError("planted")
+            return True
+        return accept(sequence, *arguments)
+
+    monkeypatch.setattr(Sequence, "accept", broken)
+
+    async def main():
+        async with engine(llm) as it:
+            with pytest.raises(MemoryError, match="planted"):
+                await it.generate_all([1, 2], SamplingParams(max_tokens=200, n=4, temperature=1.0, ignore_eos=True))
+            await until(llm._scheduler.is_idle)
+            assert llm.explain().profile["num_steps"] < before + 100
+
+    before = llm.explain().profile["num_steps"]
     asyncio.run(main())

@@ -14,6 +14,7 @@ from infer.transformers_peer import to_exact  # noqa: E402
 from pyengine import _C, LLM, SamplingParams  # noqa: E402
 from pyengine.errors import ArgumentError, BackendUnavailable, CapacityError, ModelFileError  # noqa: E402
 from pyengine.infer import BeamSearchParams  # noqa: E402
+from pyengine.infer.reading import PooledReading  # noqa: E402
 from pyengine.quant import quantize_to_gguf  # noqa: E402
 from pyengine.testing import assert_accurate  # noqa: E402
 from pyengine.testing.tiny import tiny_model  # noqa: E402
@@ -166,6 +167,23 @@ def test_names_of_labels(tmp_path):
 def texts():
     rng = np.random.default_rng(1)
     return [rng.integers(0, 384, int(rng.choice([1, 2, 15, 16, 17, 80, 200]))).tolist() for _ in range(40)]
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "first"])
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_pieces_change_no_bit_of_a_pool(pooling, size):
+    """In float64, before the result is rounded; magnitudes so far apart that float64 rounds too."""
+    rng = np.random.default_rng(2)
+    states = (rng.standard_normal((200, 5)) * 10.0 ** rng.integers(-9, 10, (200, 5))).astype(np.float32)
+
+    def pool(size):
+        reading = PooledReading(token_ids=[0] * 200, first=0, pooling=pooling)
+        for begin in range(0, 200, size):
+            reading.take(states[begin : begin + size])
+            reading.next_row = min(begin + size, 200)
+        return reading.pooled().tobytes()
+
+    assert pool(size) == pool(200)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "first"])

@@ -214,6 +214,39 @@ def test_beside_generation_in_other_threads(tiny):
     assert_idle(llm)
 
 
+def test_a_reading_that_gives_its_pages_back_hands_out_each_row_once(tiny):
+    """Half of its rows are out when a text of higher priority takes its memory."""
+    ids = ids_of(np.random.default_rng(6), 180)
+    for prefix_cache in (True, False):
+        llm = LLM(tiny, page_size=PAGE, cache_tokens=256, max_batch_tokens=32, prefix_cache=prefix_cache)
+        expected = alone(llm, ids[:1], ids[1:]), llm.embed([ids], pooling="mean").tobytes(), llm.logits(ids).tobytes()
+        for i, read in enumerate(
+            [
+                lambda llm=llm: llm.score([ids[:1]], [ids[1:]])[0].logprobs,
+                lambda llm=llm: llm.embed([ids], pooling="mean").tobytes(),
+                lambda llm=llm: llm.logits(ids).tobytes(),
+            ]
+        ):
+            results, num_preemptions = [], llm._scheduler.stats.num_preemptions
+            original = llm._runner.read
+            num_reads = itertools.count()
+
+            def wrapper(plan, llm=llm, original=original, num_reads=num_reads):
+                if next(num_reads) == 3:
+                    (text,) = llm._start([[7, i, 7] * 60], GREEDY, stream=False, priority=1)  # noqa: B023
+                    llm._scheduler.add(text[0])
+                original(plan)
+
+            llm._runner.read = wrapper
+            results.append(read())
+            llm._runner.read = original
+            assert results == [expected[i]]
+            assert llm._scheduler.stats.num_preemptions > num_preemptions
+            while not llm._scheduler.is_idle():
+                llm._scheduler.step()
+        assert_idle(llm)
+
+
 def test_turns_alternate(tiny, monkeypatch):
     """A corpus does not keep a text from going on, nor a text a corpus."""
     llm = LLM(tiny, page_size=PAGE, cache_tokens=2048, max_batch_tokens=32)
