@@ -18,6 +18,11 @@ class Adapter:
     def id(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def num_holders(self) -> int:
+        """
+        How many keep it alive, native sequences among them.
+        """
 
 class DecoderModel:
     def __init__(

@@ -43,7 +43,10 @@ void bind_adapters(py::module_& m) {
       .def("add", add, py::arg("layer"), py::arg("slot"), py::arg("offset"), py::arg("a"), py::arg("b"),
            py::arg("scale"))
       .def_property_readonly("id", &Adapter::id)
-      .def_property_readonly("num_bytes", &Adapter::num_bytes);
+      .def_property_readonly("num_bytes", &Adapter::num_bytes)
+      .def_property_readonly(
+          "num_holders", [](const std::shared_ptr<Adapter>& adapter) { return adapter.use_count(); },
+          "How many keep it alive, native sequences among them.");
 }
 
 }  // namespace pe

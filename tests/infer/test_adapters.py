@@ -333,6 +333,20 @@ def test_a_fork_keeps_the_adapter(engine):
     assert logits.tobytes() == llm.logits(ids.tolist(), adapter="all")[-1:].tobytes()
 
 
+def test_a_native_sequence_holds_its_adapter_until_it_is_freed(engine):
+    llm = engine()
+    decoder, native = llm._runner.decoder, llm._adapters.get("all")
+    before = native.num_holders
+    parents = [decoder.add_sequence(adapter=native) for _ in range(3)]
+    child = decoder.fork_sequence(parents[0])
+    assert native.num_holders == before + 4
+    for seq in [*parents, child]:
+        decoder.free_sequence(seq)
+    assert native.num_holders == before
+    llm.generate(prompts(5), GREEDY, adapter="all")
+    assert native.num_holders == before
+
+
 # --- loading and dropping ---------------------------------------------------------------------------------------------
 
 
