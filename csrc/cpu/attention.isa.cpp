@@ -150,7 +150,7 @@ void walk_backward(const BackwardRows& rows, const Opposite<T>& opposite, int64_
                    const StatisticsFn& statistics) {
   alignas(64) float p[kTileRows][kBlockKeys], ds[kTileRows][kBlockKeys];
   const float ones[kTileRows] = {1, 1, 1, 1, 1, 1};
-  for_each_block(rows.ranges, [&](int64_t base, int64_t begin, int64_t end, const auto& visit) {
+  for_each_block(rows.ranges, all_keys(rows.ranges), [&](int64_t base, int64_t begin, int64_t end, const auto& visit) {
     const T *score_lanes[kLaneBlocks] = {}, *weight_lanes[kLaneBlocks] = {};
     const T *score_rows[kLaneBlocks] = {}, *weight_rows[kLaneBlocks] = {};
     for (int64_t b = (begin - base) / kLaneKeys; base + b * kLaneKeys < end; ++b) {

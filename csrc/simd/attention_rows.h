@@ -4,6 +4,8 @@
 //   scores   one fma chain over 64 d ascending per key, lanes = keys; the chains of a longer head added in order
 //   softmax  block maximum, rescaling factor of what is summed so far, exp, lane sums in a fixed tree
 //   values   one fma chain over j ascending per d, from zero; then acc[d] = fma(acc[d], factor, chain[d])
+// A part of 256 keys by absolute index begins anew, and the states of the parts are added in ascending order: several
+// threads may share the keys of one row.
 // Rows are taken up to six at a time so that loads of K and V are shared; each keeps its own chain, so the tile it
 // falls into cannot change its bits. The same two products serve the backward with the roles of keys and queries
 // exchanged.
@@ -64,15 +66,22 @@ struct RowTile {
   }
 };
 
-// Calls body(base, key_begin, key_end, visit) for each block: it begins at key `base`, and keys [key_begin, key_end) of
-// it are seen; visit(tile_body) calls tile_body(tile) for its rows.
+struct KeyRange {
+  int64_t begin, end;
+};
+
+// What some row sees.
+static inline KeyRange all_keys(const RowRanges& rows) {
+  KeyRange keys = {rows.begin[0], rows.end[0]};
+  for (int64_t r = 1; r < rows.num_rows; ++r) keys = {min_of(keys.begin, rows.begin[r]), max_of(keys.end, rows.end[r])};
+  return keys;
+}
+
+// Calls body(base, key_begin, key_end, visit) for each block of `keys`, which are all_keys() cut at whole blocks: it begins
+// at key `base`, and keys [key_begin, key_end) of it are seen; visit(tile_body) calls tile_body(tile) for its rows.
 template <class Body>
-static inline void for_each_block(const RowRanges& rows, const Body& body) {
-  int64_t first = rows.begin[0], last = rows.end[0];
-  for (int64_t r = 1; r < rows.num_rows; ++r) {
-    first = min_of(first, rows.begin[r]);
-    last = max_of(last, rows.end[r]);
-  }
+static inline void for_each_block(const RowRanges& rows, const KeyRange& keys, const Body& body) {
+  const auto [first, last] = keys;
   for (int64_t base = first / kBlockKeys * kBlockKeys; base < last; base += kBlockKeys) {
     body(base, max_of(first, base), min_of(last, base + kBlockKeys), [&rows, base](const auto& tile_body) {
       RowTile tile;
@@ -294,21 +303,45 @@ struct ScratchCursor {
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
+// Of the keys that a row has met: sum of weight * value, sums of weights, and the largest score, which the weights are
+// relative to. attention_state_floats() of them lie side by side.
+struct RowState {
+  float* acc;
+  int64_t padded_dim;
+  float* lane_sums() const { return acc + padded_dim; }  // [16], the first VecF::size used
+  float& max() const { return acc[padded_dim + kLaneKeys]; }
+
+  void clear() const {
+    fill_zero(acc, padded_dim + kLaneKeys);
+    max() = -INFINITY;
+  }
+  // Where every score is -inf, nothing is subtracted from them: the weights are exp(-inf), not NaN.
+  static float base_of(float max) { return max == -INFINITY ? 0.0f : max; }
+
+  // The state of these keys and of those of `part`, which come behind them.
+  void add(const RowState& part) const {
+    const float new_max = part.max() > max() ? part.max() : max();
+    const VecF base = set1(base_of(new_max));
+    const VecF before = exp(sub(set1(max()), base)), behind = exp(sub(set1(part.max()), base));
+    for (int64_t i = 0; i < padded_dim + kLaneKeys; i += VecF::size)
+      store(acc + i, fma(load(acc + i), before, mul(load(part.acc + i), behind)));
+    max() = new_max;
+  }
+};
+
 // The state of one forward walk. attention_scratch_bytes(num_rows, head_dim, false) holds it.
 struct ForwardRows {
   RowRanges ranges;
   int64_t head_dim;
-  float* q;          // [num_rows][padded]
-  float* acc;        // [num_rows][padded]
-  float* lane_sums;  // [num_rows][16], the first VecF::size of each used
-  float* max;        // [num_rows]
+  float* q;  // [num_rows][padded]
+  float* part_states;
+  float* states;
 
   ForwardRows(int64_t num_rows, int64_t head_dim_, void* scratch) : head_dim(head_dim_) {
     ScratchCursor cursor{static_cast<char*>(scratch)};
     q = cursor.take<float>(num_rows * padded(head_dim));
-    acc = cursor.take<float>(num_rows * padded(head_dim));
-    lane_sums = cursor.take<float>(num_rows * kLaneKeys);
-    max = cursor.take<float>(num_rows);
+    part_states = cursor.take<float>(num_rows * attention_state_floats(head_dim));
+    states = cursor.take<float>(num_rows * attention_state_floats(head_dim));
     ranges = {num_rows, cursor.take<int64_t>(num_rows), cursor.take<int64_t>(num_rows)};
   }
   template <bool kPairs>
@@ -319,7 +352,11 @@ struct ForwardRows {
     else
       return row;
   }
-  float* acc_row(int64_t r) const { return acc + r * padded(head_dim); }
+  RowState row_state(float* first, int64_t r) const {
+    return {first + r * attention_state_floats(head_dim), padded(head_dim)};
+  }
+  RowState part(int64_t r) const { return row_state(part_states, r); }
+  RowState state(int64_t r) const { return row_state(states, r); }
 
   // For attend<..., kPairs>: in bf16, or in f32.
   template <bool kPairs, class T>
@@ -332,13 +369,24 @@ struct ForwardRows {
     }
   }
 
+  // Adds the states `parts` of the rows that see a key of the part at `part_begin`.
+  void add_part(float* parts, int64_t part_begin) const {
+    for (int64_t r = 0; r < ranges.num_rows; ++r) {
+      if (ranges.end[r] <= part_begin || ranges.begin[r] >= part_begin + kAttentionPartKeys) continue;
+      if (ranges.begin[r] >= part_begin)
+        for (int64_t i = 0; i < attention_state_floats(head_dim); ++i) state(r).acc[i] = row_state(parts, r).acc[i];
+      else
+        state(r).add(row_state(parts, r));
+    }
+  }
+
   // lse is nullptr or the place of the row's log-sum-exp.
   template <class T>
   void finish_row(int64_t r, T* y, float* lse) const {
-    const float total = sum(load(lane_sums + r * kLaneKeys));
+    const float total = sum(load(state(r).lane_sums()));
     const VecF divisor = set1(total);
-    store_row(y, head_dim, acc_row(r), [divisor](VecF v) { return div(v, divisor); });
-    if (lse) *lse = max[r] + logf(total);
+    store_row(y, head_dim, state(r).acc, [divisor](VecF v) { return div(v, divisor); });
+    if (lse) *lse = state(r).max() + logf(total);
   }
 };
 
@@ -382,7 +430,7 @@ static inline VecF tree(const VecF* v, const Op& op) {
 
 // One block of one row: turns scores into weights in place and brings maximum and lane sums up to date. Returns the
 // factor for what acc holds.
-static inline float softmax_row(const ForwardRows& rows, int64_t r, int lo, int hi, VecF scale, float* scores) {
+static inline float softmax_row(const RowState& state, int lo, int hi, VecF scale, float* scores) {
   constexpr int kVecs = kBlockKeys / VecF::size;
   const VecF lowest = set1(-INFINITY);
   VecF s[kVecs];
@@ -398,10 +446,9 @@ static inline float softmax_row(const ForwardRows& rows, int64_t r, int lo, int 
       s[i] = select_gt(index, before, select_gt(after, index, score, lowest), lowest);
     }
   }
-  const float block_max = max_lane(tree<kVecs>(s, [](VecF a, VecF b) { return max(a, b); })), old_max = rows.max[r];
+  const float block_max = max_lane(tree<kVecs>(s, [](VecF a, VecF b) { return max(a, b); })), old_max = state.max();
   const float new_max = block_max > old_max ? block_max : old_max;
-  // Where every score so far is -inf, nothing is subtracted: the weights are exp(-inf), not NaN.
-  const float base = new_max == -INFINITY ? 0.0f : new_max;
+  const float base = RowState::base_of(new_max);
 
   PE_UNROLL for (int i = 0; i < kVecs; ++i) {
     s[i] = exp(sub(s[i], set1(base)));
@@ -411,24 +458,23 @@ static inline float softmax_row(const ForwardRows& rows, int64_t r, int lo, int 
   const VecF total = tree<kVecs>(s, [](VecF a, VecF b) { return add(a, b); });
   alignas(64) float factor[VecF::size];
   store(factor, exp(set1(old_max - base)));
-  float* lane_sums = rows.lane_sums + r * kLaneKeys;
-  store(lane_sums, fma(load(lane_sums), load(factor), total));
-  rows.max[r] = new_max;
+  store(state.lane_sums(), fma(load(state.lane_sums()), load(factor), total));
+  state.max() = new_max;
   return factor[0];
 }
 
-// Walks the keys of all rows: kv_block(base, key_begin, key_end) is the KvBlock<T> at key `base` (a multiple of 64), of
-// which keys [key_begin, key_end) are seen. q and ranges are filled in; finish_row follows. kPairs: q is bf16, as K and V
-// are, and the products are those of simd/attention_pairs.h.
+// Walks the keys of all rows that lie in the part at `part_begin`, into their part states: kv_block(base, key_begin,
+// key_end) is the KvBlock<T> at key `base` (a multiple of 64), of which keys [key_begin, key_end) are seen. q and ranges are
+// filled in. kPairs: q is bf16, as K and V are, and the products are those of simd/attention_pairs.h.
 template <class T, bool kPairs, class KvBlockFn>
-static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn& kv_block) {
-  fill_zero(rows.acc, rows.ranges.num_rows * padded(rows.head_dim));
-  fill_zero(rows.lane_sums, rows.ranges.num_rows * kLaneKeys);
-  for (int64_t r = 0; r < rows.ranges.num_rows; ++r) rows.max[r] = -INFINITY;
+static inline void attend_part(const ForwardRows& rows, int64_t part_begin, float scale, const KvBlockFn& kv_block) {
+  for (int64_t r = 0; r < rows.ranges.num_rows; ++r) rows.part(r).clear();
   alignas(64) float scores[kTileRows][kBlockKeys];
   fill_zero(scores[0], kTileRows * kBlockKeys);
+  const KeyRange all = all_keys(rows.ranges);
+  const KeyRange keys = {max_of(all.begin, part_begin), min_of(all.end, part_begin + kAttentionPartKeys)};
 
-  for_each_block(rows.ranges, [&](int64_t base, int64_t key_begin, int64_t key_end, const auto& visit) {
+  for_each_block(rows.ranges, keys, [&](int64_t base, int64_t key_begin, int64_t key_end, const auto& visit) {
     const KvBlock<T> kv = kv_block(base, key_begin, key_end);
     visit([&](const RowTile& tile) {
       with_count(tile.count, [&]<int R>(Count<R>) {
@@ -437,13 +483,13 @@ static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn&
         float factor[R];
         for (int i = 0; i < R; ++i) {
           q[i] = rows.template q_row<kPairs>(tile.row[i]);
-          acc[i] = rows.acc_row(tile.row[i]);
+          acc[i] = rows.part(tile.row[i]).acc;
         }
         const int begin = tile.lane_block_begin(), end = tile.lane_block_end();
         dot_tile<R>(q, kv.k, kv.next_k, begin, end, rows.head_dim, scores);
         if constexpr (sizeof(T) == 1) scale_keys<R>(kv.k_scales, begin, end, scores);
         for (int i = 0; i < R; ++i)
-          factor[i] = softmax_row(rows, tile.row[i], tile.lo[i], tile.hi[i], set1(scale), scores[i]);
+          factor[i] = softmax_row(rows.part(tile.row[i]), tile.lo[i], tile.hi[i], set1(scale), scores[i]);
         if constexpr (sizeof(T) == 1) scale_keys<R>(kv.v_scales, begin, end, scores);
         if constexpr (kPairs) {
           alignas(64) bf16 weights[R][kBlockKeys];
@@ -455,6 +501,17 @@ static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn&
       });
     });
   });
+}
+
+// All parts, one after another; finish_row follows.
+template <class T, bool kPairs, class KvBlockFn>
+static inline void attend(const ForwardRows& rows, float scale, const KvBlockFn& kv_block) {
+  const KeyRange keys = all_keys(rows.ranges);
+  for (int64_t part = keys.begin / kAttentionPartKeys * kAttentionPartKeys; part < keys.end;
+       part += kAttentionPartKeys) {
+    attend_part<T, kPairs>(rows, part, scale, kv_block);
+    rows.add_part(rows.part_states, part);
+  }
 }
 
 }  // namespace pe::PE_ISA
