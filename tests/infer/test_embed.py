@@ -17,6 +17,7 @@ from pyengine.infer import BeamSearchParams  # noqa: E402
 from pyengine.infer.reading import PooledReading  # noqa: E402
 from pyengine.quant import quantize_to_gguf  # noqa: E402
 from pyengine.testing import assert_accurate  # noqa: E402
+from pyengine.testing.random_adapter import write_random_adapter  # noqa: E402
 from pyengine.testing.tiny import tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.train
@@ -278,3 +279,25 @@ def test_bad_rows_of_a_native_step(tiny):
     out = np.empty((2, 64), np.float32)
     step([1, 1], out)
     assert out[0].tobytes() == out[1].tobytes()
+
+
+def test_embeddings_with_adapters(tiny, spec, tmp_path):
+    """One for all or one per text; they share steps with others, and no pages."""
+    llm = LLM(tiny, page_size=16, cache_tokens=1024)
+    texts = [random_ids(50, 1)] * 4
+    llm.load_adapter("a", write_random_adapter(tmp_path / "a", spec, seed=1))
+    llm.load_adapter("b", write_random_adapter(tmp_path / "b", spec, seed=2))
+    names = [None, "a", "b", "a"]
+    vectors = llm.embed(texts, adapter=names)
+    assert len({vector.tobytes() for vector in vectors}) == 3
+    assert vectors[1].tobytes() == vectors[3].tobytes()
+    for name, vector in zip(names, vectors, strict=True):
+        assert llm.embed(texts[:1], adapter=name)[0].tobytes() == vector.tobytes()
+        assert next(llm.embed_stream(texts, adapter=name)).tobytes() == vector.tobytes()
+        state = llm.hidden_states(texts[0], adapter=name)[-1].astype(np.float64)
+        np.testing.assert_allclose(state / np.sqrt((state**2).sum()), vector, rtol=1e-6)
+    assert list(llm.score_stream([(texts[0], [1, 2])], adapter="a")) == llm.score(texts[:1], [[1, 2]], adapter=["a"])
+    with pytest.raises(ArgumentError, match=r"^adapter: expected one, or 4, one per prompt, got 1$"):
+        llm.embed(texts, adapter=["a"])
+    with pytest.raises(ArgumentError, match=r"^adapter: expected the name of a loaded adapter"):
+        llm.embed_stream(texts, adapter="c")
