@@ -41,9 +41,9 @@ class LLM(TextReader):
         threads: size of the native thread pool of this process; None keeps it.
         max_context: most tokens of one sequence; None takes the model's, at most 8192.
         cache_tokens: tokens that the key/value cache holds over all sequences; None takes max_context.
-        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations, and bfloat16 in
-            the modes that round. int8 has one scale per token and head, and holds 3.8 times the tokens of float32 in
-            the same memory.
+        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations, and bfloat16
+            in the modes that round. int8 has one scale per token and head, and holds 3.8 times the tokens of float32
+            in the same memory.
         max_batch_tokens: most tokens of one native step.
         prefix_cache: start a prompt behind the full pages that the cache still holds of it. Changes no bit of a result,
             only its time; requests with different `cache_salt` share nothing.

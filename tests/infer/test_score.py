@@ -258,7 +258,9 @@ def test_turns_alternate(tiny, monkeypatch):
         )
     text = llm.stream([1, 2], GREEDY)
     next(text)
-    for reading in llm._score_readings([[i] * 20 for i in range(40)], [[2] * 20] * 40, priority=0, cache_salt=""):
+    for reading in llm._score_readings(
+        [[i] * 20 for i in range(40)], [[2] * 20] * 40, priority=0, cache_salt="", adapter=None
+    ):
         llm._scheduler.add(reading)
     turns.clear()
     assert len(list(text)) == 39
