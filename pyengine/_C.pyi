@@ -88,6 +88,8 @@ class Decoder:
         logits: Tensor | None = None,
         targets: Tensor | None = None,
         target_logprobs: Tensor | None = None,
+        hidden_rows: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> None: ...
     def truncate(self, seq: int, length: int) -> None: ...
     @property

@@ -188,7 +188,8 @@ std::shared_ptr<Decoder> make_decoder(const std::shared_ptr<Model>& model, int64
 
 void step(Decoder& decoder, const Tensor& token_ids, const Tensor& seqs, const Tensor& rows,
           const std::optional<Tensor>& logits, const std::optional<Tensor>& targets,
-          const std::optional<Tensor>& target_logprobs) {
+          const std::optional<Tensor>& target_logprobs, const std::optional<Tensor>& hidden_rows,
+          const std::optional<Tensor>& hidden) {
   Decoder::Step step;
   step.token_ids = span_of(ids(token_ids, "token_ids"));
   step.seqs = span_of(ids(seqs, "seqs"));
@@ -206,6 +207,14 @@ void step(Decoder& decoder, const Tensor& token_ids, const Tensor& seqs, const T
     kCheck.shape(*target_logprobs, "target_logprobs", {rows.shape[0]});
     step.target_logprobs =
         kCheck.writable(kCheck.contiguous(*target_logprobs, "target_logprobs"), "target_logprobs").ptr<float>();
+  }
+  if (hidden_rows.has_value() != hidden.has_value())
+    kCheck.fail("hidden", "an output exactly when there are hidden_rows", "the other");
+  if (hidden_rows) {
+    step.hidden_rows = span_of(ids(*hidden_rows, "hidden_rows"));
+    kCheck.dtype(*hidden, "hidden", {DType::f32});
+    kCheck.shape(*hidden, "hidden", {hidden_rows->shape[0], decoder.model().config().hidden_size});
+    step.hidden = kCheck.writable(kCheck.contiguous(*hidden, "hidden"), "hidden").ptr<float>();
   }
   const GilRelease release;
   decoder.step(step);
@@ -262,7 +271,8 @@ void bind_engine(py::module_& m) {
       .def(py::init(&make_decoder), py::arg("model"), py::kw_only(), py::arg("page_size"), py::arg("num_pages"),
            py::arg("kv_dtype"), py::arg("max_tokens"))
       .def("step", step, py::arg("token_ids"), py::arg("seqs"), py::arg("rows"), py::kw_only(),
-           py::arg("logits") = py::none(), py::arg("targets") = py::none(), py::arg("target_logprobs") = py::none())
+           py::arg("logits") = py::none(), py::arg("targets") = py::none(), py::arg("target_logprobs") = py::none(),
+           py::arg("hidden_rows") = py::none(), py::arg("hidden") = py::none())
       .def("add_sequence", &Decoder::add_sequence, py::arg("salt") = py::none(), py::arg("adapter") = py::none())
       .def("fork_sequence", &Decoder::fork_sequence, py::arg("seq"))
       .def(

@@ -167,6 +167,11 @@ void Decoder::check(const Step& step) {
     (void)cache_.length(step.seqs[static_cast<size_t>(t)]);
   }
   for (size_t r = 0; r < step.rows.size(); ++r) range("rows", static_cast<int64_t>(r), step.rows[r], num_tokens);
+  if (step.hidden_rows.size() > step.token_ids.size())
+    throw ArgumentError("hidden_rows: expected at most " + std::to_string(num_tokens) + ", one per token, got " +
+                        std::to_string(step.hidden_rows.size()));
+  for (size_t r = 0; r < step.hidden_rows.size(); ++r)
+    range("hidden_rows", static_cast<int64_t>(r), step.hidden_rows[r], num_tokens);
   if (!step.targets.empty() && step.targets.size() != step.rows.size())
     throw ArgumentError("targets: expected " + std::to_string(step.rows.size()) + " entries, one per row, got " +
                         std::to_string(step.targets.size()));
@@ -338,6 +343,7 @@ void Decoder::run(const Step& step, Phases::Worker& worker) {
   mark(worker, PhaseKind::embed);
   layers(step, worker);
   if (!step.rows.empty()) head(step, worker);
+  if (!step.hidden_rows.empty()) hidden(step, worker);
 }
 
 void Decoder::prepare(const Linear& parts, const void* x, int64_t x_row_stride, int64_t row_begin, int64_t row_end,
@@ -644,6 +650,42 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
   }
 }
 
+void Decoder::last_norm(int32_t row, int64_t r) const {
+  const ModelConfig& c = model_->config();
+  // h is left as it is: a row may be asked for twice.
+  rms_norm_isa().fwd({.x = at(delta_, row * c.hidden_size, c.act_dtype),
+                      .residual = at(h_, row * c.hidden_size, c.act_dtype),
+                      .weight = model_->norm(),
+                      .h = at(last_, r * c.hidden_size, c.act_dtype),
+                      .y = at(y_, r * c.hidden_size, c.act_dtype),
+                      .rstd = nullptr,
+                      .num_rows = 1,
+                      .num_cols = c.hidden_size,
+                      .x_row_stride = 0,
+                      .residual_row_stride = 0,
+                      .h_row_stride = 0,
+                      .y_row_stride = 0,
+                      .eps = c.norm_eps,
+                      .weight_offset = c.norm_weight_offset,
+                      .dtype = c.act_dtype},
+                     0, 1);
+}
+
+void Decoder::hidden(const Step& step, Phases::Worker& worker) {
+  const ModelConfig& c = model_->config();
+  worker.run(static_cast<int64_t>(step.hidden_rows.size()), kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      last_norm(step.hidden_rows[static_cast<size_t>(r)], r);
+      float* out = step.hidden + r * c.hidden_size;
+      const void* row = at(y_, r * c.hidden_size, c.act_dtype);
+      for (int64_t i = 0; i < c.hidden_size; ++i)
+        out[i] =
+            c.act_dtype == DType::f32 ? static_cast<const float*>(row)[i] : to_float(static_cast<const bf16*>(row)[i]);
+    }
+  });
+  mark(worker, PhaseKind::norm);
+}
+
 // The rows that want logits, kHeadRows at a time.
 void Decoder::head(const Step& step, Phases::Worker& worker) {
   const ModelConfig& c = model_->config();
@@ -651,26 +693,7 @@ void Decoder::head(const Step& step, Phases::Worker& worker) {
   for (int64_t first = 0; first < num_wanted; first += kHeadRows) {
     const int64_t num_rows = std::min(kHeadRows, num_wanted - first);
     worker.run(num_rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const int64_t source = step.rows[static_cast<size_t>(first + r)] * c.hidden_size;
-        // h is left as it is: a row may be asked for twice.
-        rms_norm_isa().fwd({.x = at(delta_, source, c.act_dtype),
-                            .residual = at(h_, source, c.act_dtype),
-                            .weight = model_->norm(),
-                            .h = at(last_, r * c.hidden_size, c.act_dtype),
-                            .y = at(y_, r * c.hidden_size, c.act_dtype),
-                            .rstd = nullptr,
-                            .num_rows = 1,
-                            .num_cols = c.hidden_size,
-                            .x_row_stride = 0,
-                            .residual_row_stride = 0,
-                            .h_row_stride = 0,
-                            .y_row_stride = 0,
-                            .eps = c.norm_eps,
-                            .weight_offset = c.norm_weight_offset,
-                            .dtype = c.act_dtype},
-                           0, 1);
-      }
+      for (int64_t r = begin; r < end; ++r) last_norm(step.rows[static_cast<size_t>(first + r)], r);
       prepare(model_->head(), y_, c.hidden_size, begin, end, num_rows);
     });
     mark(worker, PhaseKind::norm);

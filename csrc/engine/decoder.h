@@ -52,6 +52,8 @@ class Decoder {
     float* logits = nullptr;                   // [R, vocab_size] or nullptr
     std::span<const int32_t> targets;          // [R] or empty
     float* target_logprobs = nullptr;          // [R]: log-probability of the target after its row
+    std::span<const int32_t> hidden_rows;      // [S] tokens of this step, S <= T, whose hidden state is wanted
+    float* hidden = nullptr;                   // [S, hidden_size], after the last norm
   };
   void step(const Step& step);
   // The same without the end: the tokens stay claimed and are not committed, so that the caller may commit the first of
@@ -73,6 +75,9 @@ class Decoder {
   void run(const Step& step, Phases::Worker& worker);
   void layers(const Step& step, Phases::Worker& worker);
   void head(const Step& step, Phases::Worker& worker);
+  void hidden(const Step& step, Phases::Worker& worker);
+  // Row r of y = the last norm of token `row` of this step.
+  void last_norm(int32_t row, int64_t r) const;
   // Rows of delta on their way into the residual stream: bias, norm after the block, multiplier.
   void settle(const void* bias, const void* post_norm, int64_t begin, int64_t end) const;
   // Rows of qkv on their way to rotation: bias, norm of q and k.

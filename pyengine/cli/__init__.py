@@ -74,12 +74,13 @@ def _run() -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except Exception as error:
+        from pyengine.data.errors import DataFileError
         from pyengine.errors import ArgumentError, ConfigError, ModelFileError, PyEngineError
 
         if not isinstance(error, PyEngineError):
             raise
         click.echo(f"pyengine: {error}", err=True)
-        if isinstance(error, ModelFileError):
+        if isinstance(error, (ModelFileError, DataFileError)):
             return EXIT_BAD_FILE
         return EXIT_USAGE if isinstance(error, (ArgumentError, ConfigError)) else EXIT_ENVIRONMENT
     return 0

@@ -1,42 +1,39 @@
-"""`LLM`: generate, chat and score with one model on the native engine. Never imports torch."""
+"""`LLM`: generate and chat with one model on the native engine. Never imports torch."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Any, Literal, overload
-
-import numpy as np
 
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.infer.adapters import AdapterInfo, AdapterTable
 from pyengine.infer.beam_search import BeamSearchParams, beam_search
 from pyengine.infer.draft import DraftProposer, load_draft
+from pyengine.infer.driver import Driver
 from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.explain import Explanation, explain
 from pyengine.infer.grammar import GrammarCompiler
 from pyengine.infer.loader import EngineOptions, LoadedModel, load_model
-from pyengine.infer.outputs import Completion, Score, TextPiece
+from pyengine.infer.outputs import Completion, TextPiece
+from pyengine.infer.prompts import Prompt, PromptEncoder, prompt_list
 from pyengine.infer.runner import Runner
 from pyengine.infer.sample_state import encode_bad_words
 from pyengine.infer.sampling_params import SamplingParams
 from pyengine.infer.scheduler import Scheduler, check_priority, check_salt
-from pyengine.infer.sequence import Sequence
+from pyengine.infer.score import prompt_logprobs
+from pyengine.infer.sequence import KeptPages, Sequence
 from pyengine.infer.speculation import DraftModel, Speculation, parse_speculation
 from pyengine.infer.speculation_control import SpeculationControl
 from pyengine.infer.speculator import LookupProposer, Proposer, Speculator
-from pyengine.spec import ModelSpec
-from pyengine.tokenizer import ChatTemplate, Tokenizer
-
-Prompt = str | SequenceOf[int]
-AdapterNames = str | SequenceOf[str | None] | None
+from pyengine.infer.text_reader import AdapterNames, TextReader
+from pyengine.tokenizer import ChatTemplate
 
 
-class LLM:
+class LLM(TextReader):
     """A model ready to generate, from a GGUF file or a Hugging Face folder.
 
     Args:
@@ -94,13 +91,15 @@ class LLM:
             max_batch_tokens=max_batch_tokens,
         )
         self._loaded: LoadedModel = load_model(model, options)
-        self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size)
+        self._runner = Runner(self._loaded.decoder, self._loaded.spec.vocab_size, self._loaded.spec.hidden_size)
         self._prefix_cache = prefix_cache
         self._speculator = None if chosen is None else _make_speculator(chosen, self._loaded)
         self._scheduler = Scheduler(self._runner, prefix_cache=prefix_cache, speculator=self._speculator)
         self._grammars = GrammarCompiler(self.tokenizer, self.spec.vocab_size, self.spec.eos_token_ids)
+        self._prompts = PromptEncoder(self.tokenizer, self.spec, self.max_context)
         self._lock = EngineLock()
         self._adapters = AdapterTable(self._loaded)
+        self._driver = Driver(self._scheduler, self._lock, self._runner.max_tokens)
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> LLM:
@@ -108,23 +107,11 @@ class LLM:
         return cls(model, **options)
 
     @property
-    def spec(self) -> ModelSpec:
-        return self._loaded.spec
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._loaded.tokenizer
-
-    @property
     def chat_template(self) -> ChatTemplate:
         """Raises BackendUnavailable if the model comes without one."""
         if self._loaded.chat_template is None:
             raise BackendUnavailable(f"{self._loaded.path}: the model has no chat template; use generate")
         return self._loaded.chat_template
-
-    @property
-    def max_context(self) -> int:
-        return self._loaded.max_context
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
@@ -163,10 +150,10 @@ class LLM:
         order, the n of a prompt side by side.
         """
         groups = self._start(
-            _prompt_list(prompts), params, stream=False, priority=priority, cache_salt=cache_salt, adapter=adapter
+            prompt_list(prompts), params, stream=False, priority=priority, cache_salt=cache_salt, adapter=adapter
         )
-        self._run([sequence for group in groups for sequence in group])
-        return [completion for group in groups for completion in _best(group)]
+        self._driver.run([sequence for group in groups for sequence in group])
+        return [completion for group in groups for completion in best_of(group)]
 
     def stream(
         self,
@@ -186,7 +173,7 @@ class LLM:
         (sequences,) = self._start(
             [prompt], params, stream=True, priority=priority, cache_salt=cache_salt, adapter=adapter
         )
-        return self._stream(sequences)
+        return self._driver.stream(sequences)
 
     @overload
     def chat(
@@ -240,10 +227,10 @@ class LLM:
     ) -> list[Completion]:
         """The likeliest completions of each prompt, `beam_width` side by side, best first; `index` is the rank.
 
-        Every step computes each beam as a prompt of its own.
+        A beam goes on from the pages of the one that it came from: a step computes one token of each.
         """
         options = params or BeamSearchParams()
-        items = _prompt_list(prompts)
+        items = prompt_list(prompts)
         adapters = self._adapters_of(adapter, len(items))
         return [
             completion
@@ -256,18 +243,30 @@ class LLM:
     def _search(self, prompt_ids: list[int], params: BeamSearchParams, adapter: _C.Adapter | None) -> list[Completion]:
         end = () if params.ignore_eos else self.spec.eos_token_ids
         num_logprobs = min(params.num_candidates(len(end)), self.spec.vocab_size)
+        params = replace(params, max_tokens=min(params.max_tokens, self.max_context - len(prompt_ids)))
+        one = SamplingParams(max_tokens=1, ignore_eos=True)
+        # Pages of the beams of the last step, by their tokens.
+        kept: dict[tuple[int, ...], KeptPages] = {}
 
         def next_logprobs(beams: list[list[int]]) -> list[dict[int, float]]:
-            one = SamplingParams(max_tokens=1, ignore_eos=True)
+            nonlocal kept
             sequences = [
                 Sequence.start(prompt_ids + ids, one, self.tokenizer, self.spec, index=0, stream=False) for ids in beams
             ]
-            for sequence in sequences:
+            for ids, sequence in zip(beams, sequences, strict=True):
                 sequence.num_logprobs, sequence.adapter = num_logprobs, adapter
-            self._run(sequences)
+                sequence.origin, sequence.kept = kept.get(tuple(ids[:-1])), KeptPages()
+            try:
+                self._driver.run(sequences)
+            finally:
+                self._driver.drop(kept.values())
+                kept = {tuple(ids): s.kept for ids, s in zip(beams, sequences, strict=True) if s.kept is not None}
             return [sequence.logprobs[0].top for sequence in sequences]
 
-        params = replace(params, max_tokens=min(params.max_tokens, self.max_context - len(prompt_ids)))
+        try:
+            beams = beam_search(next_logprobs, end, params)
+        finally:
+            self._driver.drop(kept.values())
         return [
             Completion(
                 prompt_ids,
@@ -278,61 +277,8 @@ class LLM:
                 index=rank,
                 cumulative_logprob=beam.logprob,
             )
-            for rank, beam in enumerate(beam_search(next_logprobs, end, params))
+            for rank, beam in enumerate(beams)
         ]
-
-    # --- scoring ------------------------------------------------------------------------------------------------------
-
-    def score(
-        self,
-        prompts: SequenceOf[Prompt],
-        completions: SequenceOf[Prompt],
-        *,
-        cache_salt: str = "",
-        adapter: AdapterNames = None,
-    ) -> list[Score]:
-        """Log-probability of every token of each completion after its prompt; the same bits as in generation.
-
-        Text is encoded in two parts, prompt and completion. An empty prompt starts from the model's first token (bos or
-        eos); without one, the first token of the completion cannot be scored: ArgumentError.
-        """
-        if len(prompts) != len(completions):
-            raise ArgumentError(f"completions: expected {len(prompts)}, one per prompt, got {len(completions)}")
-        salt = check_salt(cache_salt) if self._prefix_cache else None
-        adapters = self._adapters_of(adapter, len(prompts))
-        with self._lock:
-            return [
-                self._score(i, p, c, salt, a)
-                for i, (p, c, a) in enumerate(zip(prompts, completions, adapters, strict=True))
-            ]
-
-    def _score(
-        self, index: int, prompt: Prompt, completion: Prompt, salt: str | None, adapter: _C.Adapter | None
-    ) -> Score:
-        prompt_ids = self._encode(prompt, f"prompts[{index}]")
-        ids = self._encode(completion, f"completions[{index}]", add_special_tokens=False)
-        if not prompt_ids:
-            start = self.spec.bos_token_id
-            if start is None:
-                raise ArgumentError(
-                    f"prompts[{index}]: expected at least one token, got none, and the model has no bos"
-                )
-            prompt_ids = [start]
-        if not ids:
-            return Score([], [])
-        self._check_length(len(prompt_ids) + len(ids), f"prompts[{index}]")
-        inputs = np.array((prompt_ids + ids)[:-1], np.int32)
-        targets = np.concatenate([np.zeros(len(prompt_ids) - 1, np.int32), np.array(ids, np.int32)])
-        logprobs = self._runner.target_logprobs(inputs, targets, len(prompt_ids) - 1, salt, adapter)
-        return Score(ids, logprobs.tolist())
-
-    def logits(self, token_ids: SequenceOf[int], *, adapter: str | None = None) -> np.ndarray:
-        """Logits after each token of one sequence: float32 [len(token_ids), vocab_size]."""
-        ids = self._encode(token_ids, "token_ids")
-        self._check_length(len(ids), "token_ids")
-        native = self._adapters.get(adapter)
-        with self._lock:
-            return self._runner.logits(np.array(ids, np.int32), native)
 
     def explain(self) -> Explanation:
         """What was chosen and why: ISA level, formats, bytes per token, and where the time of past steps went."""
@@ -340,54 +286,6 @@ class LLM:
         return explain(self._loaded, stats, self._speculator, self._adapters.infos().values())
 
     # --- shared -------------------------------------------------------------------------------------------------------
-
-    def _run(self, sequences: list[Sequence]) -> None:
-        """Steps until all of these sequences have finished. Others that run meanwhile share the steps."""
-        with self._submitted(sequences):
-            running = sequences
-            while running:
-                with self._lock:
-                    # Another caller's step may have ended the last of them.
-                    running = [sequence for sequence in running if not sequence.has_ended]
-                    if running:
-                        self._scheduler.step()
-                for sequence in running:
-                    if sequence.failure is not None:
-                        raise sequence.failure
-            for sequence in sequences:
-                if sequence.failure is not None:
-                    raise sequence.failure
-
-    def _stream(self, sequences: list[Sequence]) -> Iterator[TextPiece]:
-        """The same, piece by piece."""
-        with self._submitted(sequences):
-            running = sequences
-            while running:
-                with self._lock:
-                    if not any(sequence.inbox or sequence.failure for sequence in running):
-                        self._scheduler.step()
-                    pieces = [piece for sequence in running for piece in sequence.inbox]
-                    for sequence in running:
-                        sequence.inbox.clear()
-                yield from pieces
-                for sequence in running:
-                    if sequence.failure is not None:
-                        raise sequence.failure
-                # Another caller's step may have finished a sequence whose last pieces are still to be taken.
-                running = [sequence for sequence in running if sequence.finish_reason is None or sequence.inbox]
-
-    @contextlib.contextmanager
-    def _submitted(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Queues sequences; takes back what is left of them at the end."""
-        with self._lock:
-            for sequence in sequences:
-                self._scheduler.add(sequence)
-        try:
-            yield
-        finally:
-            with self._lock:
-                for sequence in sequences:
-                    self._scheduler.cancel(sequence)
 
     def _start(
         self,
@@ -407,22 +305,10 @@ class LLM:
         if len(params) != len(prompts):
             raise ArgumentError(f"params: expected one, or {len(prompts)}, one per prompt, got {len(params)}")
         adapters = self._adapters_of(adapter, len(prompts))
-        groups = [
-            self._start_prompt(i, p, o, stream, a)
-            for i, (p, o, a) in enumerate(zip(prompts, params, adapters, strict=True))
+        return [
+            self._start_prompt(position, prompt, each, stream, priority, cache_salt, its_adapter)
+            for position, (prompt, each, its_adapter) in enumerate(zip(prompts, params, adapters, strict=True))
         ]
-        for group in groups:
-            for sequence in group:
-                sequence.priority, sequence.cache_salt = priority, cache_salt
-        return groups
-
-    def _adapters_of(self, adapter: AdapterNames, num_prompts: int) -> list[_C.Adapter | None]:
-        """The adapter of each prompt."""
-        if isinstance(adapter, str) or not isinstance(adapter, SequenceOf):
-            return [self._adapters.get(adapter)] * num_prompts
-        if len(adapter) != num_prompts:
-            raise ArgumentError(f"adapter: expected one, or {num_prompts}, one per prompt, got {len(adapter)}")
-        return [self._adapters.get(name, f"adapter[{i}]") for i, name in enumerate(adapter)]
 
     def _start_prompt(
         self,
@@ -430,6 +316,8 @@ class LLM:
         prompt: Prompt,
         params: SamplingParams,
         stream: bool,
+        priority: int,
+        cache_salt: str,
         adapter: _C.Adapter | None,
     ) -> list[Sequence]:
         ids = self._prompt_ids(prompt, f"prompts[{position}]")
@@ -452,39 +340,22 @@ class LLM:
             for index in range(params.num_drawn)
         ]
         for sequence in sequences:
-            sequence.adapter = adapter
+            sequence.priority, sequence.cache_salt, sequence.adapter = priority, cache_salt, adapter
         if params.prompt_logprobs is not None:
-            with self._lock:
-                logprobs = self._runner.prompt_logprobs(np.array(ids, np.int32), params.prompt_logprobs, adapter)
+            num_top = params.prompt_logprobs
+            logprobs = prompt_logprobs(
+                self._driver, ids, num_top, priority=priority, cache_salt=cache_salt, adapter=adapter
+            )
             for sequence in sequences:
                 sequence.prompt_logprobs = logprobs
         return sequences
 
     def _prompt_ids(self, prompt: Prompt, name: str) -> list[int]:
         """The tokens of a prompt that leaves room for an answer; at least one."""
-        ids = self._encode(prompt, name)
-        if not ids:
-            start = self.spec.bos_token_id
-            if start is None:
-                raise ArgumentError(f"{name}: expected at least one token, got none, and the model has no bos token")
-            ids = [start]
-        self._check_length(len(ids) + 1, name)
+        self._check_lm_head()
+        ids = self._prompts.encode_some(prompt, name)
+        self._prompts.check_length(len(ids) + 1, name, "tokens with the answer")
         return ids
-
-    def _encode(self, prompt: Prompt, name: str, *, add_special_tokens: bool = True) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        ids = [int(i) for i in prompt]
-        for position, token in enumerate(ids):
-            if not 0 <= token < self.spec.vocab_size:
-                raise ArgumentError(
-                    f"{name}: expected token ids from 0 to {self.spec.vocab_size - 1}, got {token} at {position}"
-                )
-        return ids
-
-    def _check_length(self, num_tokens: int, name: str) -> None:
-        if num_tokens > self.max_context:
-            raise ArgumentError(f"{name}: expected at most {self.max_context} tokens with the answer, got {num_tokens}")
 
 
 def _make_speculator(speculation: Speculation, target: LoadedModel) -> Speculator:
@@ -499,20 +370,10 @@ def _make_speculator(speculation: Speculation, target: LoadedModel) -> Speculato
     return Speculator(speculation, proposer, control)
 
 
-def _best(sequences: list[Sequence]) -> list[Completion]:
+def best_of(sequences: list[Sequence]) -> list[Completion]:
     """The completions of one prompt that its caller gets."""
     params = sequences[0].params
     if params.best_of is not None:
         # Stable: of equals, the first drawn.
         sequences = sorted(sequences, key=lambda sequence: -sequence.rank_by(params.best_of_by))[: params.n]
     return [sequence.completion() for sequence in sequences]
-
-
-def _prompt_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    items: Iterable[Any] = prompts
-    out = list(items)
-    if out and all(isinstance(item, (int, np.integer)) for item in out):
-        return [out]
-    return out

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pyengine import _C
 from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.formats.quantizers import QUANTIZERS, block_geometry
+from pyengine.infer.classifier import Classifier
 from pyengine.infer.source import WeightSource, open_source
 from pyengine.spec import NORM_NAMES, ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
@@ -71,6 +72,8 @@ class LoadedModel:
     chat_template: ChatTemplate | None
     model: _C.DecoderModel
     decoder: _C.Decoder
+    has_lm_head: bool
+    classifier: Classifier | None
     options: EngineOptions
     weight_formats: dict[str, str]
     """Format in memory of each matrix, by its Hugging Face name."""
@@ -151,6 +154,8 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         chat_template=source.chat_template(),
         model=model,
         decoder=decoder,
+        has_lm_head=source.has_lm_head,
+        classifier=source.classifier(),
         options=options,
         weight_formats=formats,
         act_dtype=act_dtype,

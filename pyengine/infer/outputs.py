@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,3 +61,24 @@ class Score:
     def total(self) -> float:
         """Log-probability of the whole completion."""
         return float(sum(self.logprobs))
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What a sequence classifier says about a text."""
+
+    labels: tuple[str, ...]
+    logits: list[float]
+    """One per label."""
+
+    @property
+    def label(self) -> str:
+        """The likeliest; of equals, the first."""
+        return self.labels[self.logits.index(max(self.logits))]
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """Softmax of the logits, by label: for a model that knows one label per text."""
+        most = max(self.logits)
+        weights = [math.exp(logit - most) for logit in self.logits]
+        return {label: weight / sum(weights) for label, weight in zip(self.labels, weights, strict=True)}

@@ -4,6 +4,8 @@ Every running sequence gets its next token in every step; what is left of the to
 those of a higher priority first, then in order of arrival. A prompt starts behind the full pages that the cache already
 holds of it. When the cache is full, the last sequence in that order gives its pages back and is computed again later,
 from what is left of them. Because a token's bits depend on its own sequence only, none of this changes a result.
+
+Readings (`pyengine.infer.reading`) share queues and pages with sequences that draw, and take turns with them.
 """
 
 from __future__ import annotations
@@ -13,13 +15,18 @@ import itertools
 import time
 from bisect import insort
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from pyengine.errors import ArgumentError, CapacityError
-from pyengine.infer.runner import Runner
-from pyengine.infer.sequence import Sequence
+from pyengine.infer.reading import LogitsReading, Reading, RowReading
+from pyengine.infer.runner import MOST_LOGITS_ROWS, Runner
+from pyengine.infer.sequence import KeptPages, Sequence
 from pyengine.infer.speculator import Speculator
+
+Work = Sequence | Reading
+W = TypeVar("W", Sequence, RowReading, LogitsReading)
 
 MAX_RUNNING = 256
 MAX_PRIORITY = 2**31
@@ -74,10 +81,15 @@ class Scheduler:
         self._speculator = speculator
         self._num_arrivals = itertools.count()
         # Both in order of service.
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
+        self._waiting: list[Work] = []
+        self._running: list[Work] = []
+        # Those of both that are readings, and whether the next turn is theirs.
+        self._readings: set[Reading] = set()
+        self._reading_is_next = False
+        # Pages of sequences that have ended; given back when there are too few.
+        self._kept: set[KeptPages] = set()
         # The first that waits, and the free pages that were too few for it.
-        self._blocked: tuple[Sequence | None, int] = (None, 0)
+        self._blocked: tuple[Work | None, int] = (None, 0)
 
     @property
     def num_waiting(self) -> int:
@@ -87,19 +99,23 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Work) -> None:
         """Queue a sequence."""
+        if isinstance(sequence, Reading):
+            self._readings.add(sequence)
         sequence.order = (-sequence.priority, next(self._num_arrivals))
         insort(self._waiting, sequence, key=_order)
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: Work) -> None:
         """Forget a sequence and free its pages; does nothing if it has finished."""
+        if isinstance(sequence, Reading):
+            self._readings.discard(sequence)
         if sequence in self._running:
             self._running.remove(sequence)
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         self._release(sequence)
-        if self._speculator is not None:
+        if self._speculator is not None and isinstance(sequence, Sequence):
             self._speculator.forget(sequence)
 
     def is_idle(self) -> bool:
@@ -110,8 +126,12 @@ class Scheduler:
 
         An error of the step becomes the failure of the sequences in it, and of no other.
         """
-        plan = self._plan()
+        if self._reading_is_next and self._read():
+            return
+        self._reading_is_next = True
+        plan = self._plan(Sequence, self._runner.max_tokens)
         if not plan:
+            self._read()
             return
         try:
             # Beside prompts nothing is proposed: they use a wide step better.
@@ -171,10 +191,44 @@ class Scheduler:
             proposals[sequence] = guesses
         return proposals
 
-    def _plan(self) -> _Plan:
+    def drop(self, pages: KeptPages) -> None:
+        """Give back the pages that a sequence left behind; does nothing if they are gone."""
+        if pages.slot is not None:
+            self._kept.remove(pages)
+            self._decoder.free_sequence(pages.slot)
+            pages.slot = None
+
+    def _read(self) -> bool:
+        """One native step of readings, those of a kind; False if there is none that can go on."""
+        self._reading_is_next = False
+        if not self._readings:
+            return False
+        plan: list[tuple[RowReading, int, list[int]]] | list[tuple[LogitsReading, int, list[int]]]
+        rows_first = isinstance(min(self._readings, key=_order), RowReading)
+        for is_turn_of_rows in (rows_first, not rows_first):
+            if is_turn_of_rows:
+                plan = self._plan(RowReading, self._runner.max_tokens)
+            else:
+                plan = self._plan(LogitsReading, min(self._runner.max_tokens, MOST_LOGITS_ROWS))
+            if plan:
+                break
+        else:
+            return False
+        try:
+            self._runner.read(plan)
+        except BaseException as error:
+            for reading, _, _ in plan:
+                self._fail(reading, error if isinstance(error, Exception) else RuntimeError("step: interrupted"))
+            if not isinstance(error, Exception):
+                raise
+        for reading, _, _ in plan:
+            if reading.has_ended:
+                self.cancel(reading)
+        return True
+
+    def _plan(self, kind: type[W], budget: int) -> list[tuple[W, int, list[int]]]:
         """Sequences, their native numbers and the tokens that each feeds, with pages claimed for all of them."""
-        plan: dict[Sequence, list[int]] = {}
-        budget = self._runner.max_tokens
+        plan: dict[W, list[int]] = {}
         num_preemptions = self.stats.num_preemptions
         can_start = True
         first_pages: set[FirstPage] = set()
@@ -186,6 +240,8 @@ class Scheduler:
         for sequence in itertools.chain(decoding, prompts):
             if budget == 0:
                 break
+            if not isinstance(sequence, kind):
+                continue
             if sequence.slot is None:
                 # One that has just given its pages back would take them again.
                 can_start = can_start and self.stats.num_preemptions == num_preemptions
@@ -203,7 +259,7 @@ class Scheduler:
         # Those that gave their pages back after they had been planned are left out.
         return [(sequence, sequence.slot, chunk) for sequence, chunk in plan.items() if sequence.slot is not None]
 
-    def _first_page(self, sequence: Sequence) -> FirstPage | None:
+    def _first_page(self, sequence: Work) -> FirstPage | None:
         """What a page that others can start behind holds. One that begins alike waits a step until it is computed."""
         size = int(self._decoder.page_size)
         if not self._prefix_cache or len(sequence.prompt_token_ids) <= size:
@@ -211,7 +267,7 @@ class Scheduler:
         adapter_id = 0 if sequence.adapter is None else sequence.adapter.id
         return sequence.cache_salt, adapter_id, tuple(sequence.prompt_token_ids[:size])
 
-    def _start(self, sequence: Sequence) -> bool:
+    def _start(self, sequence: Work) -> bool:
         """Let a waiting sequence run, if all its tokens fit; those of lower priority give their pages back for it."""
         while len(self._running) == MAX_RUNNING or not self._fits(sequence):
             if not self._running:
@@ -226,33 +282,41 @@ class Scheduler:
         self.stats.num_hit_tokens += sequence.num_cached
         return True
 
-    def _fits(self, sequence: Sequence) -> bool:
+    def _fits(self, sequence: Work) -> bool:
         """Give it a native sequence with what the cache holds of it, if there are pages for the rest of its tokens."""
         num_free = self._decoder.num_free_pages
         blocked, num_pages = self._blocked
         if self._running and sequence is blocked and num_free <= num_pages:
             return False
-        slot = self._decoder.add_sequence(sequence.cache_salt if self._prefix_cache else None, sequence.adapter)
-        num_hit = 0
-        if self._prefix_cache:
-            # The last token is computed in any case: its logits are wanted.
-            ids = sequence.pending_token_ids(sequence.num_tokens - 1)
-            num_hit = self._decoder.adopt_prefix(slot, np.array(ids, np.int32))
+        origin = sequence.origin.slot if isinstance(sequence, Sequence) and sequence.origin else None
+        if origin is not None:
+            slot = self._decoder.fork_sequence(origin)
+            num_hit = self._decoder.length(slot)
+        else:
+            slot = self._decoder.add_sequence(sequence.cache_salt if self._prefix_cache else None, sequence.adapter)
+            num_hit = 0
+            if self._prefix_cache:
+                ids = sequence.pending_token_ids(sequence.num_adoptable)
+                num_hit = self._decoder.adopt_prefix(slot, np.array(ids, np.int32))
         if self._decoder.pages_needed(slot, sequence.num_tokens - num_hit) > self._decoder.num_free_pages:
             self._decoder.free_sequence(slot)
+            if self._drop_kept():
+                return self._fits(sequence)
             self._blocked = (sequence, num_free)
             return False
         self._blocked = (None, 0)
         sequence.slot, sequence.num_cached = slot, num_hit
         return True
 
-    def _claim(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _claim(self, sequence: Work, num_tokens: int) -> bool:
         """Claim pages, taking them from the last sequence for as long as it needs.
 
         False if `sequence` itself was the last.
         """
         assert sequence.slot is not None
         while self._decoder.pages_needed(sequence.slot, num_tokens) > self._decoder.num_free_pages:
+            if self._drop_kept():
+                continue
             victim = self._running[-1]
             if victim is sequence and len(self._running) == 1:
                 self._fail_too_long(sequence)
@@ -263,13 +327,20 @@ class Scheduler:
         self._decoder.grow(sequence.slot, num_tokens)
         return True
 
-    def _preempt(self, victim: Sequence) -> None:
+    def _drop_kept(self) -> bool:
+        """Give back all pages that sequences left behind; whether there were any."""
+        kept = list(self._kept)
+        for pages in kept:
+            self.drop(pages)
+        return bool(kept)
+
+    def _preempt(self, victim: Work) -> None:
         self._running.remove(victim)
         self._release(victim)
         insort(self._waiting, victim, key=_order)
         self.stats.num_preemptions += 1
 
-    def _fail_too_long(self, sequence: Sequence) -> None:
+    def _fail_too_long(self, sequence: Work) -> None:
         self._fail(
             sequence,
             CapacityError(
@@ -278,16 +349,20 @@ class Scheduler:
             ),
         )
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
+    def _fail(self, sequence: Work, error: Exception) -> None:
         sequence.failure = error
         self.cancel(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Work) -> None:
         if sequence.slot is not None:
-            self._decoder.free_sequence(sequence.slot)
+            if isinstance(sequence, Sequence) and sequence.kept is not None and sequence.finish_reason is not None:
+                sequence.kept.slot = sequence.slot
+                self._kept.add(sequence.kept)
+            else:
+                self._decoder.free_sequence(sequence.slot)
             sequence.slot = None
             sequence.num_cached = 0
 
 
-def _order(sequence: Sequence) -> tuple[int, int]:
+def _order(sequence: Work) -> tuple[int, int]:
     return sequence.order

@@ -24,6 +24,14 @@ _DRAW_ERRORS = {
 
 
 @dataclass(eq=False)
+class KeptPages:
+    """The pages of a sequence that has ended, for others that begin with all its tokens."""
+
+    slot: int | None = None
+    """Number of the native sequence that holds them; None before that, and when they were needed elsewhere."""
+
+
+@dataclass(eq=False)
 class Sequence:
     """Token ids, text so far, and how much of it the cache holds."""
 
@@ -56,6 +64,10 @@ class Sequence:
     """Higher goes first."""
     cache_salt: str = ""
     """Pages are shared with sequences of the same salt only."""
+    origin: KeptPages | None = None
+    """Start from a copy of these, if they are there."""
+    kept: KeptPages | None = None
+    """Leave the pages here at the end."""
     adapter: _C.Adapter | None = None
     """It is computed with this one, whatever happens to the name that it was loaded by."""
     order: tuple[int, int] = (0, 0)
@@ -100,6 +112,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def num_adoptable(self) -> int:
+        """Leading tokens that may come from the cache; the last one is computed in any case: its logits are wanted."""
+        return self.num_tokens - 1
 
     @property
     def has_ended(self) -> bool:

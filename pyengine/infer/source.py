@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,13 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError, ModelFileError
-from pyengine.families import family_of, load_spec, spec_from_gguf, stored_rows, stored_shapes
+from pyengine.families import family_of, load_config, load_spec, spec_from_gguf, stored_rows, stored_shapes
 from pyengine.formats import GgufReader, SafetensorsReader, open_gguf, open_safetensors
+from pyengine.infer.classifier import CLASSIFIER_WEIGHT, Classifier
 from pyengine.jsonfile import read_json_object
 from pyengine.spec import ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
 MAX_INDEX_BYTES = 64 << 20
+
+_EMBEDDING = "model.embed_tokens.weight"
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +31,10 @@ class WeightSource(Protocol):
 
     path: str
     spec: ModelSpec
+    has_lm_head: bool
+    """False for the body of a model alone, or with a classifier on it. `spec` then calls the embedding tied."""
+
+    def classifier(self) -> Classifier | None: ...
 
     def matrix_names(self) -> list[str]: ...
 
@@ -64,6 +72,8 @@ def _check_shape(path: str, name: str, got: tuple[int, ...], expected: tuple[int
 class GgufSource:
     """One GGUF file."""
 
+    has_lm_head = True
+
     def __init__(self, path: Path) -> None:
         self.path = str(path)
         self._file: GgufReader = open_gguf(path)
@@ -81,6 +91,9 @@ class GgufSource:
             if stored not in self._file:
                 raise ModelFileError(self.path, None, stored, "expected this tensor, got none of that name")
             _check_shape(self.path, stored, self._file.info(stored).shape, shape)
+
+    def classifier(self) -> None:
+        return None
 
     def matrix_names(self) -> list[str]:
         return _matrix_names(self.spec)
@@ -123,7 +136,12 @@ class FolderSource:
             if file not in self._files:
                 self._files[file] = open_safetensors(path / file)
             self._place[name] = self._files[file]
+        self.has_lm_head = CLASSIFIER_WEIGHT not in self._place and not self._is_body()
+        if not self.has_lm_head:
+            self.spec = replace(self.spec, tie_word_embeddings=True)
         names = family_of(self.spec).folder_tensor_names(self.spec)
+        if _EMBEDDING not in self._place:
+            names = {name: stored.removeprefix("model.") for name, stored in names.items()}
         self._rows = stored_rows(self.spec, names)
         for stored, shape in stored_shapes(self.spec, names).items():
             if stored not in self._place or stored not in self._place[stored]:
@@ -131,6 +149,17 @@ class FolderSource:
             _check_shape(self.path, stored, self._place[stored].info(stored).shape, shape)
         for name in names:
             self.stored_format(name)
+
+    def _is_body(self) -> bool:
+        """Whether this is what AutoModel of transformers writes: names without their first part, and no head."""
+        architectures = load_config(self.path).get("architectures")
+        names_head = isinstance(architectures, list) and str(architectures[:1]).endswith("ForCausalLM']")
+        return _EMBEDDING not in self._place and not (names_head and self.spec.tie_word_embeddings)
+
+    def classifier(self) -> Classifier | None:
+        if CLASSIFIER_WEIGHT not in self._place:
+            return None
+        return Classifier.from_folder(self.path, self._place[CLASSIFIER_WEIGHT][CLASSIFIER_WEIGHT], self.spec)
 
     @staticmethod
     def _weight_map(path: Path) -> dict[str, str]:

@@ -107,6 +107,8 @@ def quantize_to_gguf(
     if Path(out).is_dir():
         raise ArgumentError(f"out: expected a file to write, got the folder {os.fspath(out)}")
     source = open_source(model)
+    if not source.has_lm_head:
+        raise ArgumentError(f"model: expected a language model, got {source.path}, which has no head for text")
     spec = source.spec
     formats = {name: embedding if name in _EMBEDDINGS else weights for name in source.matrix_names()}
     _check_rows(spec, formats)

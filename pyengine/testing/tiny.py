@@ -49,14 +49,23 @@ def tiny_llama(folder: Path, *, seed: int = 0, vocab_size: int = 384, **override
     return folder
 
 
-def tiny_model(folder: Path, model_type: str, *, dtype: Any = None, seed: int = 0, **overrides: Any) -> Path:
-    """As `tiny_llama`, for any `model_type` of transformers; `overrides` are fields of its config.
+def tiny_model(
+    folder: Path,
+    model_type: str,
+    *,
+    dtype: Any = None,
+    seed: int = 0,
+    auto_class: str = "AutoModelForCausalLM",
+    **overrides: Any,
+) -> Path:
+    """As `tiny_llama`, for any `model_type` and any `auto_class` of transformers; `overrides` are fields of its config.
 
     Weights are large enough that attention and text depend on the whole context, and norms and biases are random too:
     transformers starts them at 1 and 0, where many mistakes do not show.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     values: dict[str, Any] = {
         "vocab_size": 384,
@@ -75,7 +84,7 @@ def tiny_model(folder: Path, model_type: str, *, dtype: Any = None, seed: int = 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         config = AutoConfig.for_model(model_type, **(values | overrides))
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = getattr(transformers, auto_class).from_config(config)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.3 * torch.randn_like(parameter)

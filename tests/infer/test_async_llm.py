@@ -12,6 +12,7 @@ import pytest
 
 from pyengine import LLM, AsyncLLM, SamplingParams
 from pyengine.errors import ArgumentError, BackendUnavailable, CapacityError
+from pyengine.infer.sequence import Sequence
 
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=60, temperature=0.9, seed=3, ignore_eos=True, logprobs=1)
@@ -351,3 +352,151 @@ def test_bad_options(llm, tiny):
         AsyncLLM(llm, page_size=16)
     with pytest.raises(ArgumentError, match=r"^page_size: "):
         AsyncLLM(tiny, page_size=17)
+
+
+# --- beyond one completion ------------------------------------------------------------------------------------------
+
+MESSAGES = [{"role": "user", "content": "naïve café"}]
+
+
+def test_several_completions(llm):
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=5, n=3, ignore_eos=True)
+    best = SamplingParams(max_tokens=12, temperature=1.0, seed=5, n=2, best_of=5, ignore_eos=True)
+
+    async def main():
+        async with engine(llm) as it:
+            pieces = [piece async for piece in it.stream([7, 8], params)]
+            one = it.generate([7, 8], SamplingParams(max_tokens=12, temperature=1.0, seed=5, best_of=5))
+            results = await asyncio.gather(it.generate_all([7, 8], params), it.generate_all([7, 8], best), one)
+            for bad, call in (
+                (r"^n: expected 1, got 3; use generate_all$", it.generate([1], params)),
+                (r"^best_of: expected None for a stream, got 5$", anext(it.stream([1], best))),
+            ):
+                with pytest.raises(ArgumentError, match=bad):
+                    await call
+            return pieces, *results
+
+    pieces, several, likeliest, single = asyncio.run(main())
+    assert several == llm.generate([[7, 8]], params)
+    assert likeliest == llm.generate([[7, 8]], best)
+    assert single.index in range(5)
+    assert sorted(p.completion.index for p in pieces if p.completion) == [0, 1, 2]
+    for i, expected in enumerate(several):
+        mine = [piece for piece in pieces if piece.index == i]
+        assert "".join(piece.text for piece in mine) == expected.text
+        assert mine[-1].completion == expected
+
+
+def test_chat(llm):
+    async def main():
+        async with engine(llm) as it:
+            pieces = [piece async for piece in it.chat(MESSAGES, SAMPLED, stream=True)]
+            return pieces, await it.chat(MESSAGES, SAMPLED), await it.chat(MESSAGES, GREEDY, add_nothing=1)
+
+    pieces, answer, greedy = asyncio.run(main())
+    assert answer == llm.chat(MESSAGES, SAMPLED) == pieces[-1].completion
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert greedy == llm.chat(MESSAGES, GREEDY)
+
+
+def test_scores_and_embeddings_beside_texts(llm):
+    rng = random.Random(3)
+    texts = [[rng.randrange(384) for _ in range(rng.randrange(1, 90))] for _ in range(300)]
+    answers = [text[: i % 4] for i, text in enumerate(texts)]
+    scores, vectors = llm.score(texts, answers), llm.embed(texts, pooling="mean")
+    completion = llm.generate([[5, 9]], LONG)[0]
+
+    async def main():
+        async with engine(llm) as it:
+            results = await asyncio.gather(
+                it.score(texts, answers),
+                it.embed(texts, pooling="mean"),
+                it.generate([5, 9], LONG),
+                it.score([], []),
+                it.embed([]),
+                it.embed("ab"),
+            )
+            for call, message in (
+                (it.score([[1]], []), "^completions: expected 1, one per prompt, got 0$"),
+                (it.score([[1], [2]], [[384], [1]]), r"^completions\[0\]: expected token ids from 0 to 383"),
+                (it.embed([[-1]]), r"^prompts\[0\]: expected token ids from 0 to 383"),
+                (it.embed([[1]], pooling="cls"), "^pooling: "),
+                (it.embed([[1] * 257]), r"^prompts\[0\]: expected at most 256 tokens"),
+            ):
+                with pytest.raises(ArgumentError, match=message):
+                    await call
+            with pytest.raises(BackendUnavailable, match="has no classifier"):
+                await it.classify("ab")
+            return results
+
+    got = asyncio.run(main())
+    assert got[0] == scores
+    assert got[1].tobytes() == vectors.tobytes()
+    assert got[2] == completion
+    assert got[3] == []
+    assert got[4].shape == (0, 64)
+    assert got[5].tobytes() == llm.embed("ab").tobytes()
+
+
+def test_cancelling_a_long_score_frees_it(llm, monkeypatch):
+    async def main():
+        read, reached, opened = llm._runner.read, threading.Event(), threading.Event()
+
+        def wrapper(plan):
+            reached.set()
+            opened.wait(60)
+            return read(plan)
+
+        monkeypatch.setattr(llm._runner, "read", wrapper)
+        async with engine(llm) as it:
+            task = asyncio.create_task(it.score([[i % 384] * 99 for i in range(500)], [[1, 2]] * 500))
+            await until(reached.is_set)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert it.num_requests == 0
+            opened.set()
+            await until(llm._scheduler.is_idle)
+
+    asyncio.run(main())
+
+
+def test_one_failed_completion_ends_all_of_its_request(llm, monkeypatch):
+    step, counter = llm._runner.step, itertools.count()
+
+    def broken(*arguments):
+        if next(counter) == 3:
+            raise MemoryError("planted")
+        return step(*arguments)
+
+    monkeypatch.setattr(llm._runner, "step", broken)
+
+    async def main():
+        async with engine(llm) as it:
+            with pytest.raises(MemoryError, match="planted"):
+                await it.generate_all([1, 2], SamplingParams(max_tokens=50, n=4, temperature=1.0, ignore_eos=True))
+            assert len((await it.generate([1], GREEDY)).token_ids) == 20
+
+    asyncio.run(main())
+
+
+def test_the_others_of_a_request_go_with_the_one_that_fails(llm, monkeypatch):
+    accept = Sequence.accept
+
+    def broken(sequence, *arguments):
+        if sequence.index == 1 and len(sequence.token_ids) == 3:
+            sequence.failure = MemoryError("planted")
+            return True
+        return accept(sequence, *arguments)
+
+    monkeypatch.setattr(Sequence, "accept", broken)
+
+    async def main():
+        async with engine(llm) as it:
+            with pytest.raises(MemoryError, match="planted"):
+                await it.generate_all([1, 2], SamplingParams(max_tokens=200, n=4, temperature=1.0, ignore_eos=True))
+            await until(llm._scheduler.is_idle)
+            assert llm.explain().profile["num_steps"] < before + 100
+
+    before = llm.explain().profile["num_steps"]
+    asyncio.run(main())
