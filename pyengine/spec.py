@@ -19,8 +19,11 @@ from pyengine.rope_spec import (
     FactorScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     RopeScaling,
     RopeSpec,
+    RopeTable,
+    YarnScaling,
     check_float,
     check_int,
     rope_from_dict,
@@ -28,7 +31,17 @@ from pyengine.rope_spec import (
     take,
 )
 
-__all__ = ["FactorScaling", "LinearScaling", "Llama3Scaling", "ModelSpec", "RopeScaling", "RopeSpec"]
+__all__ = [
+    "FactorScaling",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
+    "ModelSpec",
+    "RopeScaling",
+    "RopeSpec",
+    "RopeTable",
+    "YarnScaling",
+]
 
 MAX_VOCAB_SIZE = 1 << 24
 MAX_HIDDEN_SIZE = 1 << 17
@@ -144,12 +157,12 @@ class ModelSpec:
                 f"got {type(self.local_rope).__name__}"
             )
         for rope in (self.rope, self.local_rope):
-            factors = rope.scaling.factors if rope and isinstance(rope.scaling, FactorScaling) else None
-            if factors is not None and len(factors) != self.num_rotary_pairs:
-                raise ArgumentError(
-                    f"rope.scaling.factors: expected {self.num_rotary_pairs} factors, one per rotary pair, "
-                    f"got {len(factors)}"
-                )
+            for name, count in rope.factor_counts().items() if rope else ():
+                if count != self.num_rotary_pairs:
+                    raise ArgumentError(
+                        f"rope.scaling.{name}: expected {self.num_rotary_pairs} factors, one per rotary pair, "
+                        f"got {count}"
+                    )
         for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: expected a bool, got {getattr(self, name)!r:.80}")
@@ -277,10 +290,10 @@ class ModelSpec:
         """Which of `rope_tables` the layer turns by."""
         return int(self.local_rope is not None and self.window_of(layer) is not None)
 
-    def rope_tables(self) -> list[npt.NDArray[np.float64]]:
-        """Angle per position of each rotary pair, for each table: float64 [P], radians."""
+    def rope_tables(self, context_length: int | None = None) -> list[RopeTable]:
+        """The rotary tables. `context_length`, by default max_position_embeddings, chooses the factors of LongRoPE."""
         ropes = (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
-        return [self._inv_freq(rope) for rope in ropes]
+        return [RopeTable(self._inv_freq(rope, context_length), rope.attention_factor) for rope in ropes]
 
     def base_inv_freq(self) -> npt.NDArray[np.float64]:
         """Angle per position of each rotary pair, before scaling: float64 [P], radians."""
@@ -290,9 +303,11 @@ class ModelSpec:
         """Angle per position of each rotary pair, after scaling: float64 [P], radians."""
         return self._inv_freq(self.rope)
 
-    def _inv_freq(self, rope: RopeSpec) -> npt.NDArray[np.float64]:
+    def _inv_freq(self, rope: RopeSpec, context_length: int | None = None) -> npt.NDArray[np.float64]:
         inv_freq = np.power(rope.theta, -np.arange(self.num_rotary_pairs, dtype=np.float64) / self.num_rotary_pairs)
-        return inv_freq if rope.scaling is None else rope.scaling.scale(inv_freq)
+        if rope.scaling is None:
+            return inv_freq
+        return rope.scaling.scale(inv_freq, rope.theta, context_length or self.max_position_embeddings)
 
 
 _TUPLES = ("eos_token_ids", "full_attention_layers", "nope_layers")

@@ -171,7 +171,7 @@ def test_dict_round_trip_of_what_few_families_have() -> None:
     assert [spec.window_of(layer) for layer in range(3)] == [7, None, 7]
     assert [spec.has_rope(layer) for layer in range(3)] == [False, True, False]
     assert [spec.rope_table_of(layer) for layer in range(3)] == [1, 0, 1]
-    assert [len(table) for table in spec.rope_tables()] == [3, 3]
+    assert [len(table.inv_freq) for table in spec.rope_tables()] == [3, 3]
     assert replace(spec, logits_divisor=1.0, norm_weight_offset=1).norm_weight_offset == 1.0
     with pytest.raises(ArgumentError, match=r"^logits_divisor: expected 1 beside a norm_weight_offset"):
         replace(spec, norm_weight_offset=1.0)
@@ -183,8 +183,8 @@ def test_from_dict_rejects_missing_and_unknown_keys() -> None:
         ModelSpec.from_dict(values | {"extra": 1})
     with pytest.raises(ArgumentError, match="'rope'"):
         ModelSpec.from_dict({key: value for key, value in values.items() if key != "rope"})
-    with pytest.raises(ArgumentError, match=r"rope\.scaling\.type.*'yarn'"):
-        ModelSpec.from_dict(values | {"rope": {"theta": 1e4, "scaling": {"type": "yarn"}}})
+    with pytest.raises(ArgumentError, match=r"rope\.scaling\.type.*'dynamic'"):
+        ModelSpec.from_dict(values | {"rope": {"theta": 1e4, "scaling": {"type": "dynamic"}}})
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pyengine.errors import ArgumentError
 from pyengine.families import gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
 from pyengine.families.family import Family
+from pyengine.families.gguf_keys import ROPE_TENSORS
 from pyengine.families.rows import permute_rows, unpermute_rows
 from pyengine.families.stacking import StoredRows, stacked_weights, stored_rows, stored_shapes
 from pyengine.jsonfile import file_error, read_json_object
@@ -20,6 +21,7 @@ from pyengine.spec import ModelSpec
 
 __all__ = [
     "FAMILIES",
+    "ROPE_TENSORS",
     "Family",
     "StoredRows",
     "config_from_spec",
@@ -63,13 +65,13 @@ def spec_from_gguf(
     metadata: Mapping[str, Any],
     tensor_names: Collection[str],
     *,
-    rope_freqs: npt.NDArray[np.floating[Any]] | None = None,
+    rope_factors: Mapping[str, npt.NDArray[np.floating[Any]]] | None = None,
 ) -> ModelSpec:
-    """The spec of a GGUF file: its metadata, the names of its tensors, and its rope_freqs.weight if it has one."""
+    """The spec of a GGUF file: its metadata, the names of its tensors, and those of `ROPE_TENSORS` that it has."""
     architecture = metadata.get("general.architecture")
     for family in FAMILIES:
         if architecture == family.gguf_architecture:
-            return family.spec_from_gguf(metadata, tensor_names, rope_freqs)
+            return family.spec_from_gguf(metadata, tensor_names, rope_factors or {})
     known = sorted(family.gguf_architecture for family in FAMILIES)
     raise ArgumentError(f"general.architecture: expected one of {known}, got {architecture!r:.80}")
 

@@ -5,6 +5,7 @@ A family is mostly a table. What a table cannot say is in four methods, which a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from pyengine.families import config_keys, gguf_keys
 from pyengine.families.fields import get_bool, get_float, get_optional_int
 from pyengine.families.rope_config import partial_rotary_factor, rope_from_config, rope_to_config
 from pyengine.families.rows import unpermute_rows
-from pyengine.spec import ModelSpec, RopeSpec
+from pyengine.spec import LongRopeScaling, ModelSpec, RopeSpec
 
 _ROTATED = tuple(f".self_attn.{part}_proj.{kind}" for part in "qk" for kind in ("weight", "bias"))
 
@@ -37,6 +38,19 @@ class Option:
 
 ATTENTION_BIAS = Option(fields=("qkv_bias", "o_bias"), config_key="attention_bias", default=False)
 MLP_BIAS = Option(fields=("mlp_bias",), config_key="mlp_bias", default=False)
+
+
+def _same_angles(spec: ModelSpec, back: ModelSpec) -> bool:
+    lengths = [spec.max_position_embeddings]
+    if isinstance(spec.rope.scaling, LongRopeScaling):
+        lengths.append(spec.rope.scaling.original_max_position_embeddings)
+    for length in lengths:
+        table, other = spec.rope_tables(length)[0], back.rope_tables(length)[0]
+        if len(table.inv_freq) != len(other.inv_freq) or not np.allclose(table.inv_freq, other.inv_freq, rtol=1e-6):
+            return False
+        if not math.isclose(table.attention_factor, other.attention_factor, rel_tol=1e-6):
+            return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,20 +164,21 @@ class Family:
         self,
         metadata: Mapping[str, Any],
         tensor_names: Collection[str],
-        rope_freqs: npt.NDArray[np.floating[Any]] | None,
+        rope_factors: Mapping[str, npt.NDArray[np.floating[Any]]],
     ) -> ModelSpec:
-        """`tensor_names` tell tied embeddings and biases; `rope_freqs` is the tensor rope_freqs.weight [P] or None."""
+        """`tensor_names` tell tied embeddings and biases; `rope_factors` are the tensors [P] of `ROPE_TENSORS`."""
         architecture = self.gguf_architecture
-        if ("rope_freqs.weight" in tensor_names) != (rope_freqs is not None):
+        if set(rope_factors) != set(gguf_keys.ROPE_TENSORS) & set(tensor_names):
             raise ArgumentError(
-                "rope_freqs: expected the tensor rope_freqs.weight exactly when tensor_names has it, "
-                f"got {'none' if rope_freqs is None else 'one'}"
+                "rope_factors: expected each of the tensors "
+                f"{sorted(set(gguf_keys.ROPE_TENSORS) & set(tensor_names))} that tensor_names has, "
+                f"got {sorted(rope_factors)}"
             )
         keys = {option.gguf_key: option for option in self.options if option.gguf_key is not None}
         gguf_keys.check_neutral(metadata, architecture, {*keys, *self.gguf_keys})
         values = gguf_keys.sizes_from_gguf(metadata, architecture)
         values |= {
-            "rope": gguf_keys.rope_from_gguf(metadata, architecture, rope_freqs),
+            "rope": gguf_keys.rope_from_gguf(metadata, architecture, rope_factors),
             "tie_word_embeddings": "output.weight" not in tensor_names,
         }
         for key, option in keys.items():
@@ -183,14 +198,14 @@ class Family:
         self._check_sizes(values)
         values |= self.fields_from_gguf(metadata, values)
         spec = ModelSpec(family=self.name, **values)
-        extra = sorted(set(tensor_names) - {*self.gguf_tensor_names(spec).values(), "rope_freqs.weight"})
+        extra = sorted(set(tensor_names) - {*self.gguf_tensor_names(spec).values(), *gguf_keys.ROPE_TENSORS})
         if extra:
             kind = "bias" if extra[0].endswith(".bias") else "tensors beyond those of the model"
             raise ArgumentError(f"tensor_names: expected no {kind}, got {extra[0]!r:.80}")
         return spec
 
     def gguf_metadata_from_spec(self, spec: ModelSpec) -> dict[str, Any]:
-        """Architecture keys for a GGUF file. Llama 3 and factor scaling go into a tensor: `gguf_rope_freqs`."""
+        """Architecture keys for a GGUF file. Factors of rotary frequencies go into tensors: `gguf_rope_factors`."""
         architecture = self.gguf_architecture
         metadata = gguf_keys.sizes_to_gguf(spec, architecture)
         for option in self.options:
@@ -204,14 +219,14 @@ class Family:
                 raise ArgumentError(
                     f"{name}: expected False, which a GGUF file of {architecture} can say, got {getattr(spec, name)}"
                 )
-        rope_freqs = self.gguf_rope_freqs(spec)
-        names = {*self.gguf_tensor_names(spec).values(), *(() if rope_freqs is None else ("rope_freqs.weight",))}
-        self._check_same(spec, self.spec_from_gguf(metadata, names, rope_freqs), f"a GGUF file of {architecture}")
+        rope_factors = self.gguf_rope_factors(spec)
+        names = {*self.gguf_tensor_names(spec).values(), *rope_factors}
+        self._check_same(spec, self.spec_from_gguf(metadata, names, rope_factors), f"a GGUF file of {architecture}")
         return metadata
 
-    def gguf_rope_freqs(self, spec: ModelSpec) -> npt.NDArray[np.float32] | None:
-        """The tensor rope_freqs.weight [P] that a GGUF file of the model needs, or None."""
-        return gguf_keys.rope_freqs_of(spec)
+    def gguf_rope_factors(self, spec: ModelSpec) -> dict[str, npt.NDArray[np.float32]]:
+        """Those tensors [P] of `ROPE_TENSORS` that a GGUF file of the model needs."""
+        return gguf_keys.rope_factors_of(spec)
 
     # --- tensors: see families/stacking.py ----------------------------------------------------------------------------
 
@@ -246,9 +261,8 @@ class Family:
         """Raises ArgumentError with the first field that the description `where` does not hold."""
         for item in fields(spec):
             value, expected = getattr(spec, item.name), getattr(back, item.name)
-            if item.name == "rope":
-                # The scaling may pass through float32 factors.
-                value, expected = value.theta, expected.theta
+            if item.name == "rope" and _same_angles(spec, back):
+                continue  # they may have passed through float32
             if item.name == "norm_weight_offset" and where != "config.json":
                 continue  # norms in a GGUF file hold the sum
             if value != expected:

@@ -131,9 +131,9 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         tokenizer = pool.submit(source.tokenizer)
         _fill(model, source, formats, act_dtype)
     shape = max_context, spec.num_rotary_pairs
-    for table, inv_freq in enumerate(spec.rope_tables()):
+    for table, (inv_freq, attention_factor) in enumerate(spec.rope_tables(options.max_context)):
         cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        _C.rope_table(inv_freq, cos, sin)
+        _C.rope_table(inv_freq, cos, sin, attention_factor)
         model.set_rope(cos, sin, table=table)
     model.check()
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError, ModelFileError
-from pyengine.families import family_of, load_spec, spec_from_gguf, stored_rows, stored_shapes
+from pyengine.families import ROPE_TENSORS, family_of, load_spec, spec_from_gguf, stored_rows, stored_shapes
 from pyengine.formats import GgufReader, SafetensorsReader, open_gguf, open_safetensors
 from pyengine.jsonfile import read_json_object
 from pyengine.spec import ModelSpec
@@ -68,9 +68,9 @@ class GgufSource:
         self.path = str(path)
         self._file: GgufReader = open_gguf(path)
         self._metadata = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._file.metadata.items()}
-        rope_freqs = self._file.dequantize("rope_freqs.weight") if "rope_freqs.weight" in self._file else None
+        factors = {name: self._file.dequantize(name) for name in ROPE_TENSORS if name in self._file}
         try:
-            self.spec = spec_from_gguf(self._metadata, list(self._file), rope_freqs=rope_freqs)
+            self.spec = spec_from_gguf(self._metadata, list(self._file), rope_factors=factors)
         except ArgumentError as error:
             field, _, message = str(error).partition(": ")
             raise ModelFileError(self.path, None, field, message) from error

@@ -117,6 +117,8 @@ class CausalLM(nn.Module):
         dtype: of parameters and activations: float32 or bfloat16.
         device: of the parameters. On "meta" they have no values.
         seed: of the initial weights, see `initialize`.
+        max_context: as that of `LLM`, where it differs from the longest context of the model: it chooses the factors of
+            LongRoPE.
     """
 
     def __init__(
@@ -126,11 +128,13 @@ class CausalLM(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         seed: int = 0,
+        max_context: int | None = None,
     ) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.bfloat16):
             raise ArgumentError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         self.spec = spec
+        self.max_context = max_context
         self.model = Decoder(spec, dtype, device)
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, dtype=dtype, device=device)
@@ -139,11 +143,13 @@ class CausalLM(nn.Module):
             initialize(self, seed=seed, num_layers=spec.num_layers)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> CausalLM:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, max_context: int | None = None
+    ) -> CausalLM:
         """See `pyengine.models.from_pretrained`."""
         from pyengine.models.pretrained import from_pretrained
 
-        return from_pretrained(path, dtype=dtype)
+        return from_pretrained(path, dtype=dtype, max_context=max_context)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """See `pyengine.models.save_pretrained`."""
@@ -229,6 +235,9 @@ class CausalLM(nn.Module):
         """A row of a table depends on its position alone, so growing the tables changes no result."""
         if not self._rope or len(self._rope[0][0]) < num_positions or self._rope[0][0].device != device:
             size = min(1 << (num_positions - 1).bit_length(), self.spec.max_position_embeddings)
-            tables = [rope_table(torch.from_numpy(inv_freq), size) for inv_freq in self.spec.rope_tables()]
+            tables = [
+                rope_table(torch.from_numpy(inv_freq), size, attention_factor)
+                for inv_freq, attention_factor in self.spec.rope_tables(self.max_context)
+            ]
             self._rope = [(cos.to(device), sin.to(device)) for cos, sin in tables]
         return self._rope

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyengine.errors import ArgumentError, ModelFileError
 from pyengine.families import (
+    ROPE_TENSORS,
     config_from_spec,
     family_of,
     load_spec,
@@ -35,12 +36,15 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _LM_HEAD = "lm_head.weight"
 
 
-def from_pretrained(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> CausalLM:
+def from_pretrained(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, max_context: int | None = None
+) -> CausalLM:
     """The model in a Hugging Face folder (config.json and safetensors) or in a GGUF file, then dequantised.
 
     Args:
         path: the folder or file.
         dtype: of the parameters, float32 or bfloat16; weights stored otherwise are rounded once.
+        max_context: see `CausalLM`.
 
     Raises:
         ModelFileError: a file is missing or damaged, or its tensors are not those of the model.
@@ -53,7 +57,7 @@ def from_pretrained(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.
         reader = open_gguf(path)
         spec = _gguf_spec(reader)
         tensors = _read_gguf(reader, spec, dtype)
-    model = CausalLM(spec, dtype=dtype, device="meta")
+    model = CausalLM(spec, dtype=dtype, device="meta", max_context=max_context)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     return model.requires_grad_()
 
@@ -131,9 +135,9 @@ def _same_bytes(where: Mapping[str, SafetensorsReader], name: str, other: str) -
 
 
 def _gguf_spec(reader: GgufReader) -> ModelSpec:
-    rope_freqs = reader.dequantize("rope_freqs.weight") if "rope_freqs.weight" in reader else None
+    factors = {name: reader.dequantize(name) for name in ROPE_TENSORS if name in reader}
     try:
-        return spec_from_gguf(reader.metadata, set(reader), rope_freqs=rope_freqs)
+        return spec_from_gguf(reader.metadata, set(reader), rope_factors=factors)
     except ArgumentError as error:
         field, _, message = str(error).partition(": ")
         raise ModelFileError(reader.path, None, field, message) from error

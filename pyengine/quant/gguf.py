@@ -125,10 +125,7 @@ def quantize_to_gguf(
         report(stored_name, math.prod(shape))
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
-    tensors: dict[str, npt.NDArray[Any] | GgufTensor] = {}
-    rope_freqs = family_of(spec).gguf_rope_freqs(spec)
-    if rope_freqs is not None:
-        tensors["rope_freqs.weight"] = rope_freqs
+    tensors: dict[str, npt.NDArray[Any] | GgufTensor] = {**family_of(spec).gguf_rope_factors(spec)}
     names = family_of(spec).gguf_tensor_names(spec)
     shapes = stored_shapes(spec, names)
     for stored_name, parts in stacked_weights(names).items():

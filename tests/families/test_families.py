@@ -53,7 +53,8 @@ CONFIG: dict[str, Any] = {
         ("granite", "attention_multiplier", {"attention_multiplier": "0.5"}),
         ("granite", "residual_multiplier", {"residual_multiplier": float("nan")}),
         ("granite", "logits_divisor", {"logits_scaling": 0.0}),
-        ("phi3", "rope_scaling.rope_type", {"rope_scaling": {"type": "longrope"}}),
+        ("phi3", "rope_scaling.short_factor", {"rope_scaling": {"type": "longrope"}}),
+        ("phi3", "rope_scaling.rope_type", {"rope_scaling": {"type": "yarn", "factor": 2.0}}),
         ("phi3", "partial_rotary_factor", {"partial_rotary_factor": 1.5}),
         ("phi3", "rope_parameters.partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": -0.5}}),
         (

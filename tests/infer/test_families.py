@@ -28,6 +28,7 @@ from pyengine.testing.tiny import tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.train
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 64}
 TIED = {"tie_word_embeddings": True}
 MODELS = {
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -84,6 +85,33 @@ MODELS = {
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+    ),
+    "llama_yarn": ("llama", {"rope_parameters": YARN | {"factor": 4.0}}),
+    "qwen3_yarn": (
+        "qwen3",
+        {"head_dim": 32, "rope_parameters": YARN | {"factor": 3.0, "attention_factor": 0.7}},
+    ),
+    "llama_yarn_untruncated": (
+        "llama",
+        {
+            "rope_parameters": YARN
+            | {"factor": 6.0, "truncate": False, "beta_fast": 8.0, "beta_slow": 0.5}
+            | {"mscale": 0.7, "mscale_all_dim": 1.3}
+        },
+    ),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "head_dim": 16,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "attention_factor": 1.25,
+                "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 5.0, 7.0],
+                "long_factor": [1.0, 2.25, 3.5, 4.0, 9.5, 13.0, 25.0, 37.0],
             },
         },
     ),
@@ -152,6 +180,22 @@ def test_transformers_loads_what_we_save(tmp_path, name, dtype):
     assert load_spec(tmp_path / "ours") == load_spec(folder)
 
 
+@pytest.mark.parametrize("max_context", [None, 64])
+def test_the_context_of_a_model_chooses_the_factors_of_longrope(tmp_path, max_context):
+    """Transformers chooses by the length of the sequence: the same where that and the context lie on one side."""
+    model_type, overrides = MODELS["phi3_longrope"]
+    folder = tiny_model(tmp_path, model_type, **overrides | {"original_max_position_embeddings": 64})
+    llm, model = LLM(folder, max_context=max_context), from_pretrained(folder, max_context=max_context)
+    ids = random_ids(max_context or 150, 7)
+    exact = to_exact(load(folder), llm.spec, max_context)
+    got = torch.from_numpy(llm.logits(ids))
+    assert_accurate(got, logits(exact, ids), logits(load(folder), ids))
+    with torch.no_grad():
+        assert_same_bits(model(torch.tensor(ids)), got)
+    quantize_to_gguf(folder, tmp_path / "model.gguf", weights="float32", embedding="float32")
+    assert LLM(tmp_path / "model.gguf", max_context=max_context).logits(ids).tobytes() == got.numpy().tobytes()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_gives_the_bits_of_serving(tmp_path, name, dtype):
@@ -202,6 +246,7 @@ def test_gradients_are_those_of_transformers(tmp_path, name):
 
 
 GGUF_CANNOT_SAY = {
+    "llama_yarn_untruncated": "rope",
     "gemma3_scaled": "full_attention_layers",
     "qwen2_windows": "sliding_window",
     "qwen3_biases": "qkv_bias",
