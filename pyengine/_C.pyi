@@ -253,6 +253,8 @@ def build_info() -> dict[str, typing.Any]: ...
 def dequantize_int8_cpu(q: Tensor, scale: Tensor, x: Tensor) -> None: ...
 def describe_tensor(tensor: Tensor) -> dict[str, typing.Any]: ...
 def draw(logits: Tensor, states: list[SampleState], num_logprobs: int) -> Drawn: ...
+def gelu_bwd_cpu(grad_y: Tensor, x: Tensor, grad_x: Tensor, approximate: str = "none") -> None: ...
+def gelu_fwd_cpu(x: Tensor, y: Tensor, approximate: str = "none") -> None: ...
 def gguf_dequantize(
     type: str, data: bytes | bytearray | memoryview, num_elements: int
 ) -> numpy.typing.NDArray[numpy.float32]:
@@ -275,6 +277,28 @@ def kv_append_cpu(
     position: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+) -> None: ...
+def layer_norm_bwd_cpu(
+    grad_y: Tensor,
+    grad_h_in: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_h: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+) -> None: ...
+def layer_norm_fwd_cpu(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    eps: float,
 ) -> None: ...
 def linear_cross_entropy_bwd_cpu(
     grad_nll: Tensor,
