@@ -35,8 +35,13 @@ class DecoderModel:
         o_bias: bool,
         mlp_bias: bool,
         qk_norm: str | None,
+        norm: str,
+        norm_bias: bool,
         norm_placement: str,
-        gate_activation: str,
+        parallel_blocks: bool,
+        gated_mlp: bool,
+        activation: str,
+        num_learned_positions: int,
         act_dtype: str,
         int8_activations: bool,
         capacity_bytes: int,
@@ -51,6 +56,8 @@ class DecoderModel:
     def bytes_per_token(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def num_learned_positions(self) -> int: ...
 
 class Decoder:
     def __init__(

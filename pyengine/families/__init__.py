@@ -11,11 +11,25 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError
-from pyengine.families import gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
+from pyengine.families import (
+    cohere,
+    cohere2,
+    falcon,
+    gemma3,
+    gpt2,
+    granite,
+    llama,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    starcoder2,
+)
 from pyengine.families.family import Family
 from pyengine.families.gguf_keys import ROPE_TENSORS
 from pyengine.families.rows import permute_rows, unpermute_rows
-from pyengine.families.stacking import StoredRows, stacked_weights, stored_rows, stored_shapes
+from pyengine.families.stacking import StoredRows, StoredTensor, stacked_weights, stored_rows, stored_shapes
 from pyengine.jsonfile import file_error, read_json_object
 from pyengine.spec import ModelSpec
 
@@ -24,6 +38,7 @@ __all__ = [
     "ROPE_TENSORS",
     "Family",
     "StoredRows",
+    "StoredTensor",
     "config_from_spec",
     "family_of",
     "gguf_metadata_from_spec",
@@ -40,7 +55,22 @@ __all__ = [
 ]
 
 FAMILIES: tuple[Family, ...] = tuple(
-    module.FAMILY for module in (llama, qwen2, qwen3, smollm3, granite, phi3, olmo2, gemma3)
+    module.FAMILY
+    for module in (
+        llama,
+        qwen2,
+        qwen3,
+        smollm3,
+        granite,
+        phi3,
+        olmo2,
+        gemma3,
+        gpt2,
+        starcoder2,
+        falcon,
+        cohere,
+        cohere2,
+    )
 )
 
 MAX_CONFIG_BYTES = 4 << 20

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from pyengine.errors import ArgumentError
 from pyengine.families.fields import get_float, get_ids, get_int, get_optional_int
-from pyengine.rope_spec import yarn_attention_factor
 from pyengine.spec import (
     NORM_NAMES,
     FactorScaling,
@@ -21,6 +20,7 @@ from pyengine.spec import (
     RopeScaling,
     RopeSpec,
     YarnScaling,
+    yarn_attention_factor,
 )
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -41,8 +41,14 @@ NORM_TENSORS = {
     "mlp_norm": "ffn_norm",
     "mlp_post_norm": "post_ffw_norm",
 }
-_TOP_TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-BIASES = {"qkv_bias": "attn_q.bias", "o_bias": "attn_output.bias", "mlp_bias": "ffn_gate.bias"}
+_TOP_TENSORS = {
+    "model.embed_tokens": "token_embd",
+    "model.embed_positions": "position_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+BIASES = {"qkv_bias": "attn_q.bias", "o_bias": "attn_output.bias", "mlp_bias": "ffn_up.bias"}
+_EPS_KEYS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 # Keys that change the mathematics, after the architecture, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[float, ...]] = {
     "expert_count": (0,),
@@ -70,7 +76,7 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def sizes_from_gguf(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def sizes_from_gguf(metadata: Mapping[str, Any], architecture: str, *, norm: str) -> dict[str, Any]:
     """The fields of `ModelSpec` that every family says by the same keys."""
     prefix = f"{architecture}."
     num_heads = get_int(metadata, prefix + "attention.head_count")
@@ -101,7 +107,7 @@ def sizes_from_gguf(metadata: Mapping[str, Any], architecture: str) -> dict[str,
         "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": get_int(metadata, prefix + "context_length"),
-        "norm_eps": shortest(get_float(metadata, prefix + "attention.layer_norm_rms_epsilon")),
+        "norm_eps": shortest(get_float(metadata, prefix + _EPS_KEYS[norm])),
         "bos_token_id": get_optional_int(metadata, "tokenizer.ggml.bos_token_id"),
         "eos_token_ids": tuple(dict.fromkeys(token_id for key in end_keys for token_id in get_ids(metadata, key))),
         "pad_token_id": get_optional_int(metadata, "tokenizer.ggml.padding_token_id"),
@@ -121,7 +127,7 @@ def sizes_to_gguf(spec: ModelSpec, architecture: str) -> dict[str, Any]:
         prefix + "attention.head_count_kv": spec.num_kv_heads,
         prefix + "attention.key_length": spec.head_dim,
         prefix + "attention.value_length": spec.head_dim,
-        prefix + "attention.layer_norm_rms_epsilon": spec.norm_eps,
+        prefix + _EPS_KEYS[spec.norm]: spec.norm_eps,
         prefix + "rope.dimension_count": spec.rotary_dim or spec.head_dim,
         prefix + "rope.freq_base": spec.rope.theta,
     }
@@ -237,9 +243,13 @@ def rope_factors_of(spec: ModelSpec) -> dict[str, npt.NDArray[np.float32]]:
     return {}
 
 
-def tensor_names(spec: ModelSpec, layer_tensors: Mapping[str, str]) -> dict[str, str]:
+def layer_tensors(spec: ModelSpec) -> dict[str, str]:
+    """Part of a layer -> its usual name in a GGUF file."""
+    return LAYER_TENSORS | {name: NORM_TENSORS[role] for role, name in NORM_NAMES[spec.norm_placement].items()}
+
+
+def tensor_names(spec: ModelSpec, parts: Mapping[str, str]) -> dict[str, str]:
     """Hugging Face name -> GGUF name of every weight of `spec.tensor_shapes()`, in the same order."""
-    norms = {name: NORM_TENSORS[role] for role, name in NORM_NAMES[spec.norm_placement].items()}
     names = {}
     for name in spec.tensor_shapes():
         stem, _, kind = name.rpartition(".")
@@ -247,5 +257,5 @@ def tensor_names(spec: ModelSpec, layer_tensors: Mapping[str, str]) -> dict[str,
             names[name] = f"{_TOP_TENSORS[stem]}.{kind}"
         else:
             _, _, layer, part = stem.split(".", 3)
-            names[name] = f"blk.{layer}.{(norms.get(part) or layer_tensors[part])}.{kind}"
+            names[name] = f"blk.{layer}.{parts[part]}.{kind}"
     return names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyengine.errors import ArgumentError
@@ -30,7 +30,9 @@ class Phi3(Family):
     def fields_to_config(self, spec: ModelSpec) -> dict[str, Any]:
         return {"sliding_window": spec.sliding_window}
 
-    def fields_from_gguf(self, metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    def fields_from_gguf(
+        self, metadata: Mapping[str, Any], sizes: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Any]:
         return {"sliding_window": get_optional_int(metadata, _WINDOW) or None}
 
     def fields_to_gguf(self, spec: ModelSpec) -> dict[str, Any]:

@@ -9,8 +9,16 @@ from typing import Any
 
 from pyengine.errors import ArgumentError
 from pyengine.families.fields import get_bool, get_float, get_int, get_mapping, get_optional_int
-from pyengine.rope_spec import MAX_POSITIONS, yarn_attention_factor
-from pyengine.spec import LinearScaling, Llama3Scaling, LongRopeScaling, RopeScaling, RopeSpec, YarnScaling
+from pyengine.spec import (
+    MAX_POSITIONS,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeScaling,
+    RopeSpec,
+    YarnScaling,
+    yarn_attention_factor,
+)
 
 _ORIGINAL = "original_max_position_embeddings"
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL)

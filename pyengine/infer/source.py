@@ -52,10 +52,6 @@ def open_source(path: str | os.PathLike[str]) -> WeightSource:
     return GgufSource(place)
 
 
-def _matrix_names(spec: ModelSpec) -> list[str]:
-    return [name for name, shape in spec.tensor_shapes().items() if len(shape) == 2]
-
-
 def _check_shape(path: str, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if got != expected:
         raise ModelFileError(path, None, name, f"expected shape {expected}, got {got}")
@@ -83,7 +79,7 @@ class GgufSource:
             _check_shape(self.path, stored, self._file.info(stored).shape, shape)
 
     def matrix_names(self) -> list[str]:
-        return _matrix_names(self.spec)
+        return self.spec.matrix_names()
 
     def stored_format(self, name: str) -> str:
         stored = self._file.info(self._rows[name].name).type.lower()
@@ -123,14 +119,24 @@ class FolderSource:
             if file not in self._files:
                 self._files[file] = open_safetensors(path / file)
             self._place[name] = self._files[file]
-        names = family_of(self.spec).folder_tensor_names(self.spec)
-        self._rows = stored_rows(self.spec, names)
-        for stored, shape in stored_shapes(self.spec, names).items():
-            if stored not in self._place or stored not in self._place[stored]:
-                raise ModelFileError(self.path, None, stored, "expected this tensor, got none of that name")
-            _check_shape(self.path, stored, self._place[stored].info(stored).shape, shape)
-        for name in names:
+        family = family_of(self.spec)
+        self._tensors = family.folder_tensors(self.spec)
+        self._stored = family.folder_tensor_names(self.spec)
+        # Older folders leave a part of every name away.
+        self._prefix = "" if next(iter(self._tensors)) in self._place else family.folder_prefix
+        for stored, tensor in self._tensors.items():
+            _check_shape(self.path, stored, self._reader(stored).info(self._file_name(stored)).shape, tensor.shape)
+        for name in self._stored:
             self.stored_format(name)
+
+    def _file_name(self, stored: str) -> str:
+        return stored.removeprefix(self._prefix)
+
+    def _reader(self, stored: str) -> SafetensorsReader:
+        name = self._file_name(stored)
+        if name not in self._place or name not in self._place[name]:
+            raise ModelFileError(self.path, None, name, "expected this tensor, got none of that name")
+        return self._place[name]
 
     @staticmethod
     def _weight_map(path: Path) -> dict[str, str]:
@@ -148,25 +154,28 @@ class FolderSource:
         return weight_map
 
     def matrix_names(self) -> list[str]:
-        return _matrix_names(self.spec)
+        return self.spec.matrix_names()
 
     def stored_format(self, name: str) -> str:
-        stored = self._rows[name].name
-        dtype = self._place[stored].info(stored).dtype
+        stored = self._stored[name]
+        dtype = self._reader(stored).info(self._file_name(stored)).dtype
         known = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         if dtype not in known:
             raise ModelFileError(self.path, None, stored, f"expected one of {', '.join(known)}, got {dtype}")
         return known[dtype]
 
-    def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], None]:
-        place = self._rows[name]
-        file = self._place[place.name]
-        data = np.frombuffer(file.data(place.name), np.uint8)
-        return data.reshape(file.info(place.name).shape[0], -1)[place.start : place.stop], None
+    def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:
+        tensor, rows = self._tensors[self._stored[name]], self._upright(name)
+        data = rows.view(np.uint8).reshape(len(rows), -1)
+        index = tensor.weights[name]
+        return (data[index], None) if isinstance(index, slice) else (data, index.astype(np.int32))
 
     def dense(self, name: str) -> Array:
-        place = self._rows[name]
-        return self._place[place.name][place.name][place.start : place.stop].astype(np.float32)
+        return self._upright(name)[self._tensors[self._stored[name]].weights[name]].astype(np.float32)
+
+    def _upright(self, name: str) -> Array:
+        stored = self._stored[name]
+        return self._tensors[stored].upright(self._reader(stored)[self._file_name(stored)])
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)

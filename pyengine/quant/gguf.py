@@ -162,9 +162,9 @@ def _check_rows(spec: ModelSpec, formats: dict[str, str]) -> None:
 
 
 def _check_rounded(spec: ModelSpec, rounded: Mapping[str, npt.NDArray[np.uint8]], weights: str) -> None:
-    shapes = spec.tensor_shapes()
+    shapes, matrices = spec.tensor_shapes(), set(spec.matrix_names()) - set(_EMBEDDINGS)
     for name, rows in rounded.items():
-        if name in _EMBEDDINGS or len(shapes.get(name, ())) != 2 or weights not in _QUANTIZERS:
+        if name not in matrices or weights not in _QUANTIZERS:
             raise ArgumentError(f"rounded: expected matrices that are written in blocks, got {name!r:.80}")
         expected = (shapes[name][0], shapes[name][1] // BLOCK_ELEMENTS * BLOCK_BYTES[weights])
         if rows.dtype != np.uint8 or rows.shape != expected:
