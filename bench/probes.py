@@ -25,7 +25,7 @@ class Probes:
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
         count = STREAM_BYTES // 4 // num_threads
-        self._streams = [np.zeros(count, np.float32) for _ in range(num_threads)]
+        self._streams = [np.ones(count, np.float32) for _ in range(num_threads)]
         self._factors = [np.ones((256, 256), np.float32) for _ in range(num_threads)]
 
     def __call__(self) -> dict[str, float]:

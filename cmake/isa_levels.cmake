@@ -4,7 +4,7 @@
 # Each csrc/cpu/<op>.isa.cpp names its levels in its first line:   // ISA: scalar avx2 avx512
 # and is compiled once per level, in namespace pe::<level>.
 
-set(PE_ISA_LEVELS scalar avx2 avx512 avx512_vnni amx)
+set(PE_ISA_LEVELS scalar avx2 avx512 avx512_vnni avx512_bf16 amx)
 
 set(PE_ISA_FLAGS_scalar "")
 set(PE_ISA_CPUID_scalar "")
@@ -22,8 +22,12 @@ set(PE_ISA_FLAGS_avx512_vnni ${PE_ISA_FLAGS_avx512} -mavx512vnni)
 set(PE_ISA_CPUID_avx512_vnni ${PE_ISA_CPUID_avx512} avx512vnni)
 set(PE_ISA_OS_avx512_vnni zmm)
 
-set(PE_ISA_FLAGS_amx ${PE_ISA_FLAGS_avx512_vnni} -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
-set(PE_ISA_CPUID_amx ${PE_ISA_CPUID_avx512_vnni} avx512bf16 amx_tile amx_int8 amx_bf16)
+set(PE_ISA_FLAGS_avx512_bf16 ${PE_ISA_FLAGS_avx512_vnni} -mavx512bf16)
+set(PE_ISA_CPUID_avx512_bf16 ${PE_ISA_CPUID_avx512_vnni} avx512bf16)
+set(PE_ISA_OS_avx512_bf16 zmm)
+
+set(PE_ISA_FLAGS_amx ${PE_ISA_FLAGS_avx512_bf16} -mamx-tile -mamx-int8 -mamx-bf16)
+set(PE_ISA_CPUID_amx ${PE_ISA_CPUID_avx512_bf16} amx_tile amx_int8 amx_bf16)
 set(PE_ISA_OS_amx tile)
 if(PYENGINE_EMULATE_AMX)  # the same code; csrc/runtime/tile_emulator.cpp stands in for the tile unit
   list(FILTER PE_ISA_CPUID_amx EXCLUDE REGEX "^amx_")

@@ -197,6 +197,8 @@ class ModelSpec:
             raise ArgumentError(f"norm_weight_offset: expected 0 or 1, got {self.norm_weight_offset}")
         if self.norm_weight_offset != 0.0 and self.logits_divisor != 1.0:
             raise ArgumentError(f"logits_divisor: expected 1 beside a norm_weight_offset, got {self.logits_divisor}")
+        if self.norm_bias and self.logits_divisor != 1.0:
+            raise ArgumentError(f"logits_divisor: expected 1 beside a norm_bias, got {self.logits_divisor}")
         if self.sliding_window is not None:
             check_int(self, "sliding_window", "sliding_window", low=1, high=MAX_POSITIONS)
         elif self.full_attention_layers:

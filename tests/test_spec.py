@@ -189,6 +189,7 @@ def test_dict_round_trip_of_what_few_families_have() -> None:
         ("qk_norm", {"norm": "layer", "qk_norm": "head"}),
         ("norm_weight_offset", {"norm": "layer", "norm_weight_offset": 1.0}),
         ("norm_placement", {"norm": "layer", "norm_placement": "both"}),
+        ("logits_divisor", {"norm": "layer", "norm_bias": True, "logits_divisor": 2.0}),
         ("norm_placement", {"parallel_blocks": True, "norm_placement": "post"}),
         ("activation", {"gated_mlp": False}),
     ],

@@ -63,6 +63,13 @@ void check_activation(const std::string& name, bool gated) {
                         " or 'gelu_tanh', got '" + name + "'");
 }
 
+ProductInput parse_product_input(const std::string& name) {
+  if (name == "unrounded") return ProductInput::unrounded;
+  if (name == "bfloat16") return ProductInput::bf16;
+  if (name == "int8") return ProductInput::int8;
+  throw ArgumentError("product_input: expected 'unrounded', 'bfloat16' or 'int8', got '" + name + "'");
+}
+
 std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64_t intermediate_size,
                                   int64_t num_layers, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                                   int64_t rotary_dim, const std::vector<int64_t>& sliding_windows,
@@ -72,7 +79,8 @@ std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64
                                   const std::optional<std::string>& qk_norm, const std::string& norm, bool norm_bias,
                                   const std::string& norm_placement, bool parallel_blocks, bool gated_mlp,
                                   const std::string& activation, int64_t num_learned_positions,
-                                  const std::string& act_dtype, bool int8_activations, int64_t capacity_bytes) {
+                                  const std::string& act_dtype, const std::string& product_input,
+                                  int64_t capacity_bytes) {
   if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0)
     throw ArgumentError("num_heads: expected a multiple of num_kv_heads, got " + std::to_string(num_heads) + " and " +
                         std::to_string(num_kv_heads));
@@ -139,7 +147,7 @@ std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64
                            .plain_activation = activation == "gelu" ? GeluForm::erf : GeluForm::tanh,
                            .num_learned_positions = num_learned_positions,
                            .act_dtype = parse_float("act_dtype", act_dtype),
-                           .int8_activations = int8_activations};
+                           .product_input = parse_product_input(product_input)};
   return std::make_shared<Model>(config, static_cast<size_t>(positive("capacity_bytes", capacity_bytes)));
 }
 
@@ -269,7 +277,7 @@ void bind_engine(py::module_& m) {
            py::arg("residual_multiplier"), py::arg("attention_scale"), py::arg("tie_word_embeddings"),
            py::arg("qkv_bias"), py::arg("o_bias"), py::arg("mlp_bias"), py::arg("qk_norm"), py::arg("norm"),
            py::arg("norm_bias"), py::arg("norm_placement"), py::arg("parallel_blocks"), py::arg("gated_mlp"),
-           py::arg("activation"), py::arg("num_learned_positions"), py::arg("act_dtype"), py::arg("int8_activations"),
+           py::arg("activation"), py::arg("num_learned_positions"), py::arg("act_dtype"), py::arg("product_input"),
            py::arg("capacity_bytes"))
       .def("set_vector", set_vector, py::arg("slot"), py::arg("values"))
       .def("add_matrix", add_matrix, py::arg("slot"), py::arg("format"), py::arg("parts"), py::arg("row_orders"),

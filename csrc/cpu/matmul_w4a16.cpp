@@ -14,6 +14,7 @@ namespace {
 constexpr IsaEntry<MatmulW4A16Isa> kIsas[] = {
 #if defined(__x86_64__)
     {Isa::amx, &amx::matmul_w4a16},
+    {Isa::avx512_bf16, &avx512_bf16::matmul_w4a16},
 #endif
     PE_ISA_ENTRIES_VECTOR(matmul_w4a16)};
 
@@ -25,7 +26,7 @@ void matmul_w4a16_cpu(const MatmulW4A16& original) {
   const MatmulW4A16Isa& isa = select(kIsas);
   MatmulW4A16 args = original;
   const BlockWeights& w = args.weight;
-  const int64_t floats = matmul_w4a16_workspace_floats(w.format, args.x_dtype, args.num_rows, w.num_cols);
+  const int64_t floats = matmul_w4a16_workspace_floats(w.format, args.x_is_bf16(), args.num_rows, w.num_cols);
   const auto workspace = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(floats));
   args.workspace = workspace.get();
   if (floats > 0)

@@ -30,7 +30,7 @@ struct Rows {
 Rows prepared_rows(const MatmulW4A16& a) {
   const int64_t num_groups = a.weight.num_cols / kBlockSize;
   const GroupSums sum_x = group_sums(a);
-  if (a.x_dtype == DType::f32) return {static_cast<const float*>(a.x), a.x_row_stride, sum_x, num_groups};
+  if (!a.x_is_bf16()) return {static_cast<const float*>(a.x), a.x_row_stride, sum_x, num_groups};
   return {a.workspace, a.weight.num_cols, sum_x, num_groups};
 }
 
@@ -233,16 +233,24 @@ void tile(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64_t pane
   }
 }
 
+// The row's x in f32, rounded where it is to be.
+void copy_row(const MatmulW4A16& a, int64_t row, float* copy) {
+  const auto each_vec = [&](const auto* x, const auto& op) {
+    for (int64_t k = 0; k < a.weight.num_cols; k += VecF::size) store(copy + k, op(load(x + row * a.x_row_stride + k)));
+  };
+  if (a.x_dtype == DType::bf16) return each_vec(static_cast<const bf16*>(a.x), [](VecF v) { return v; });
+  each_vec(static_cast<const float*>(a.x), [](VecF v) {
+    bf16 rounded[VecF::size];
+    store(rounded, v);
+    return load(rounded);
+  });
+}
+
 void prepare(const MatmulW4A16& a, int64_t row_begin, int64_t row_end) {
-  const int64_t num_cols = a.weight.num_cols;
   const Rows rows = prepared_rows(a);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const float* x = rows.x + row * rows.x_row_stride;
-    if (a.x_dtype == DType::bf16) {
-      const bf16* source = static_cast<const bf16*>(a.x) + row * a.x_row_stride;
-      float* copy = a.workspace + row * num_cols;
-      for (int64_t k = 0; k < num_cols; k += VecF::size) store(copy + k, load(source + k));
-    }
+    if (a.x_is_bf16()) copy_row(a, row, a.workspace + row * a.weight.num_cols);
     if (a.weight.format == BlockFormat::q4_1) store_group_sums(rows.sum_x, row, x);
   }
 }

@@ -53,6 +53,17 @@ void unpack(const uint8_t* group, uint8_t* tile) {
   }
 }
 
+struct BF16Rows {
+  const bf16* first;
+  int64_t stride;
+};
+
+// Tiles read x as it is, or what `prepare` has rounded.
+BF16Rows bf16_rows(const MatmulW4A16& a) {
+  if (a.x_dtype == DType::bf16) return {static_cast<const bf16*>(a.x), a.x_row_stride};
+  return {reinterpret_cast<const bf16*>(a.workspace), a.weight.num_cols};
+}
+
 template <BlockFormat format>
 struct Product {
   static constexpr TileDot kDot = TileDot::bf16;
@@ -65,10 +76,9 @@ struct Product {
   const BlockWeights& weights = a.weight;
   const GroupSums sum_x = group_sums(a);
 
-  const void* x(int64_t row, int64_t g) const {
-    return static_cast<const bf16*>(a.x) + row * a.x_row_stride + g * kBlockSize;
-  }
-  int64_t x_row_bytes() const { return a.x_row_stride * 2; }
+  const BF16Rows rows = bf16_rows(a);
+  const void* x(int64_t row, int64_t g) const { return rows.first + row * rows.stride + g * kBlockSize; }
+  int64_t x_row_bytes() const { return rows.stride * 2; }
 
   const uint8_t* codes(const uint8_t* group, uint8_t* tile) const {
     unpack<format>(group, tile);
@@ -83,7 +93,7 @@ struct Product {
 
 // x in bf16 takes the tiles for any number of rows, so that a row has the same bits in every batch.
 void tile(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
-  if (a.x_dtype == DType::f32) return avx512::matmul_w4a16.tile(a, row_begin, row_end, panel_begin, panel_end);
+  if (!a.x_is_bf16()) return avx512::matmul_w4a16.tile(a, row_begin, row_end, panel_begin, panel_end);
   switch (a.weight.format) {
     case BlockFormat::q4_0:
       return group_tiles(Product<BlockFormat::q4_0>{a}, row_begin, row_end, panel_begin, panel_end);
@@ -94,12 +104,17 @@ void tile(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64_t pane
   }
 }
 
-// Tiles read x as it is; the f32 copy in the workspace stays unused.
 void prepare(const MatmulW4A16& a, int64_t row_begin, int64_t row_end) {
-  if (a.x_dtype == DType::f32) return avx512::matmul_w4a16.prepare(a, row_begin, row_end);
-  if (a.weight.format != BlockFormat::q4_1) return;
-  for (int64_t row = row_begin; row < row_end; ++row)
-    store_group_sums(group_sums(a), row, static_cast<const bf16*>(a.x) + row * a.x_row_stride);
+  if (!a.x_is_bf16()) return avx512::matmul_w4a16.prepare(a, row_begin, row_end);
+  const BF16Rows rows = bf16_rows(a);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    if (a.round_x) {
+      const float* x = static_cast<const float*>(a.x) + row * a.x_row_stride;
+      bf16* rounded = reinterpret_cast<bf16*>(a.workspace) + row * rows.stride;
+      for (int64_t k = 0; k < a.weight.num_cols; k += VecF::size) store(rounded + k, load(x + k));
+    }
+    if (a.weight.format == BlockFormat::q4_1) store_group_sums(group_sums(a), row, rows.first + row * rows.stride);
+  }
 }
 
 }  // namespace

@@ -33,6 +33,9 @@ BlockWeights block_weights(const Matrix& part) {
   return {part.packed, part.num_rows, part.num_cols, block_format(part.format)};
 }
 
+// bf16 activations need no rounding.
+bool rounds_x(const ModelConfig& c) { return c.product_input == ProductInput::bf16 && c.act_dtype == DType::f32; }
+
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 uint8_t* at(void* base, int64_t elements, DType dtype) {
@@ -184,7 +187,7 @@ void Decoder::step(const Step& step) {
   check(step);
   place(step);
   const int num_workers = region_size();
-  Phases phases;
+  Phases phases(num_workers);
   reserve_scratch(num_workers);
   parallel_region(num_workers, [&](int worker_index) {
     Phases::Worker worker(phases, worker_index);
@@ -240,7 +243,7 @@ void Decoder::prepare(const Linear& parts, const void* x, int64_t x_row_stride, 
   const ModelConfig& c = model_->config();
   for (const Matrix& part : parts) {
     if (!is_block_format(part.format)) continue;
-    if (c.int8_activations) {
+    if (c.product_input == ProductInput::int8) {
       matmul_w4a8_isa().quantize_rows(int8_product(part, x, x_row_stride, nullptr, 0, num_rows, c.act_dtype), row_begin,
                                       row_end);
       return;  // the same rows serve every part
@@ -275,7 +278,8 @@ MatmulW4A16 Decoder::float_product(const Matrix& part, const void* x, int64_t x_
           .x_row_stride = x_row_stride,
           .y_row_stride = y_row_stride,
           .x_dtype = model_->config().act_dtype,
-          .y_dtype = y_dtype};
+          .y_dtype = y_dtype,
+          .round_x = rounds_x(model_->config())};
 }
 
 MatmulW4A8 Decoder::int8_product(const Matrix& part, const void* x, int64_t x_row_stride, void* y, int64_t y_row_stride,
@@ -313,7 +317,7 @@ void Decoder::linear(Phases::Worker& worker, const Linear& parts, const void* x,
     };
     if (!is_block_format(part.format))
       multiply(matmul_isa().tile, dense_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
-    else if (model_->config().int8_activations)
+    else if (model_->config().product_input == ProductInput::int8)
       multiply(matmul_w4a8_isa().tile, int8_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));
     else
       multiply(matmul_w4a16_isa().tile, float_product(part, x, x_row_stride, out, y_row_stride, num_rows, y_dtype));

@@ -35,6 +35,9 @@ struct Matrix {
 // y = x @ w^T where w is one or more matrices stacked; one of them when all parts have the same format.
 using Linear = std::vector<Matrix>;
 
+// What products with block weights read: activations as they are, or rounded to bf16, or to int8 per 32.
+enum class ProductInput : uint8_t { unrounded, bf16, int8 };
+
 // RMS norm of q and k before rotation: of each head, or of all heads together.
 enum class QkNorm : uint8_t { none, head, full };
 
@@ -65,7 +68,7 @@ struct ModelConfig {
   GeluForm plain_activation;
   int64_t num_learned_positions;  // 0: none are added to the embedding
   DType act_dtype;                // f32 or bf16: of activations between kernels
-  bool int8_activations;          // block formats only: integer dot products over activations rounded to int8 per 32
+  ProductInput product_input;     // of block formats
 
   int64_t q_size() const { return num_heads * head_dim; }
   int64_t kv_size() const { return num_kv_heads * head_dim; }

@@ -1,9 +1,12 @@
-// Phases: steps of one native call that workers take together. Items of a phase are claimed one by one, so a slow core
-// does less, and a phase ends when its last item is done: a worker that holds none, because the system runs something
-// else on its core, delays nobody. Which worker runs an item never changes a result.
+// Phases: steps of one native call that workers take together. Each worker begins at a range of items of its own, so that
+// what it reads is one stream of memory, and then helps with the ranges of others: a slow core does less. A phase ends
+// when its last item is done: a worker that holds none, because the system runs something else on its core, delays
+// nobody. Which worker runs an item never changes a result.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 #include "runtime/parallel.h"
 
@@ -11,6 +14,8 @@ namespace pe {
 
 class Phases {
  public:
+  explicit Phases(int num_workers) : num_workers_(num_workers), claims_(new Claim[static_cast<size_t>(num_workers)]) {}
+
   // One per worker, inside parallel_region. All workers call run() with the same sequence of phases, fewer than 2^32.
   class Worker {
    public:
@@ -22,19 +27,26 @@ class Phases {
     void run(int64_t n, int64_t grain, const Body& body) {
       if (n <= 0) return;
       const uint32_t phase = phase_++;
-      uint64_t claim = shared_.claim_.load(std::memory_order_acquire);
-      while (claim >> 32 == phase) {
-        const auto begin = static_cast<int64_t>(claim & 0xffffffffu);
-        if (begin >= n) return shared_.wait_for_end(phase);
-        const int64_t end = begin + grain < n ? begin + grain : n;
-        if (!shared_.claim_.compare_exchange_weak(claim, uint64_t{phase} << 32 | static_cast<uint64_t>(end),
-                                                  std::memory_order_acq_rel, std::memory_order_acquire))
-          continue;
-        body(begin, end);
-        if (shared_.done_.fetch_add(end - begin, std::memory_order_acq_rel) + end - begin == n)
-          return shared_.end(phase);
-        claim = shared_.claim_.load(std::memory_order_acquire);
+      const int64_t num_ranges = std::min<int64_t>(shared_.num_workers_, (n + grain - 1) / grain);
+      for (int64_t i = 0; i < num_ranges; ++i) {
+        const int64_t range = (index_ + i) % num_ranges, first = range * n / num_ranges;
+        const int64_t size = (range + 1) * n / num_ranges - first;
+        std::atomic<uint64_t>& next = shared_.claims_[static_cast<size_t>(range)].next;
+        uint64_t claim = next.load(std::memory_order_acquire);
+        while (claim >> 32 == phase) {
+          const auto begin = static_cast<int64_t>(claim & 0xffffffffu);
+          if (begin >= size) break;
+          const int64_t end = std::min(begin + grain, size);
+          if (!next.compare_exchange_weak(claim, uint64_t{phase} << 32 | static_cast<uint64_t>(end),
+                                          std::memory_order_acq_rel, std::memory_order_acquire))
+            continue;
+          body(first + begin, first + end);
+          if (shared_.done_.fetch_add(end - begin, std::memory_order_acq_rel) + end - begin == n)
+            return shared_.end(phase);
+          claim = next.load(std::memory_order_acquire);
+        }
       }
+      shared_.wait_for_end(phase);
     }
 
     int index() const { return index_; }
@@ -46,25 +58,26 @@ class Phases {
   };
 
  private:
-  // Called by the worker that did the last item of `phase`.
+  struct Claim {
+    alignas(64) std::atomic<uint64_t> next{0};  // [phase in work | next item of the range]
+  };
+
+  // Called by the worker that did the last item of `phase`. Nobody is past that phase before num_ended_ changes.
   void end(uint32_t phase) {
     done_.store(0, std::memory_order_relaxed);
-    claim_.store(uint64_t{phase + 1} << 32, std::memory_order_release);
-    // A count, not the number of the phase: this worker may be stopped here until later phases have ended.
+    for (int i = 0; i < num_workers_; ++i)
+      claims_[static_cast<size_t>(i)].next.store(uint64_t{phase + 1} << 32, std::memory_order_relaxed);
     num_ended_.fetch_add(1, std::memory_order_release);
     num_ended_.notify_all();
   }
 
   void wait_for_end(uint32_t phase) {
-    for (;;) {
-      const uint32_t num_ended = num_ended_.load(std::memory_order_acquire);
-      if (claim_.load(std::memory_order_acquire) >> 32 != phase) return;
-      wait_change(num_ended_, num_ended);
-    }
+    while (num_ended_.load(std::memory_order_acquire) == phase) wait_change(num_ended_, phase);
   }
 
-  alignas(64) std::atomic<uint64_t> claim_{0};  // [phase in work | its next item]
-  alignas(64) std::atomic<int64_t> done_{0};    // items of that phase
+  const int num_workers_;
+  const std::unique_ptr<Claim[]> claims_;     // one per range
+  alignas(64) std::atomic<int64_t> done_{0};  // items of the phase in work
   alignas(64) std::atomic<uint32_t> num_ended_{0};
 };
 

@@ -12,7 +12,7 @@ struct GroupSums {
 };
 
 static inline GroupSums group_sums(const MatmulW4A16& a) {
-  const int64_t copied = a.x_dtype == DType::bf16 ? a.num_rows * a.weight.num_cols : 0;
+  const int64_t copied = a.x_is_bf16() ? a.num_rows * a.weight.num_cols : 0;
   return {a.workspace + copied, a.weight.num_cols / kBlockSize};
 }
 

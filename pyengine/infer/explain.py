@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from pyengine.infer.loader import LoadedModel
     from pyengine.infer.scheduler import SchedulerStats
 
+# Mode -> what is done to activations before a product with block weights.
+_ROUNDING = {
+    "exact": "",
+    "bf16": ", rounded to bfloat16 before each product",
+    "fast": ", rounded to int8 per 32 before each product",
+}
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -46,8 +53,7 @@ class Explanation:
             f"threads   {self.threads}",
             f"weights   {formats}; {self.weight_bytes / 1e6:.1f} MB, "
             f"{self.bytes_per_token / 1e6:.1f} MB read per token",
-            f"mode      {self.mode}: activations {self.act_dtype}"
-            + (", rounded to int8 per 32 before each product" if self.mode == "fast" else ""),
+            f"mode      {self.mode}: activations {self.act_dtype}" + _ROUNDING[self.mode],
             f"cache     {self.kv_dtype}, {self.max_context} tokens a sequence, "
             f"{self.cache_bytes / 1e6:.0f} MB reserved",
         ]

@@ -36,8 +36,8 @@ class LLM:
     Args:
         model: path of a .gguf file, or of a folder with config.json, tokenizer.json and model.safetensors.
         weights: format in memory: "auto" keeps the file's; "float32", "bfloat16", "q8_0", "q4_1", "q4_0" convert.
-        mode: "exact" computes with float activations; "fast" rounds activations to int8 per 32 values and takes integer
-            dot products (block formats only). "auto" is "exact".
+        mode: "exact" computes with float activations. Products with weights in blocks may round theirs first: "bf16" to
+            bfloat16, "fast" to int8 per 32 values, for integer dot products. "auto" is "exact".
         threads: size of the native thread pool of this process; None keeps it.
         max_context: most tokens of one sequence; None takes the model's, at most 8192.
         cache_tokens: tokens that the key/value cache holds over all sequences; None takes max_context.

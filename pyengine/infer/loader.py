@@ -21,6 +21,8 @@ from pyengine.tokenizer import ChatTemplate, Tokenizer
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "q8_0", "q4_1", "q4_0")
 DEFAULT_MAX_CONTEXT = 8192
+# Mode -> what products with block weights round activations to.
+PRODUCT_INPUTS = {"exact": "unrounded", "bf16": "bfloat16", "fast": "int8"}
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +41,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         _one_of("weights", self.weights, ("auto", *WEIGHT_FORMATS))
-        _one_of("mode", self.mode, ("auto", "exact", "fast"))
+        _one_of("mode", self.mode, ("auto", *PRODUCT_INPUTS))
         _one_of("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8"))
         for name, low, high in (
             ("max_context", 1, 1 << 24),
@@ -90,9 +92,9 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
     spec = source.spec
     formats = {name: _target_format(source, name, options.weights) for name in source.matrix_names()}
     has_blocks = any(f.startswith("q") for f in formats.values())
-    if options.mode == "fast" and not has_blocks:
+    if options.mode in ("bf16", "fast") and not has_blocks:
         raise ArgumentError(
-            f"mode: 'fast' needs weights in blocks (q8_0, q4_1, q4_0), got {sorted(set(formats.values()))}"
+            f"mode: '{options.mode}' needs weights in blocks (q8_0, q4_1, q4_0), got {sorted(set(formats.values()))}"
         )
     act_dtype = "bfloat16" if set(formats.values()) == {"bfloat16"} else "float32"
     mode = "exact" if options.mode == "auto" else options.mode
@@ -128,7 +130,7 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         activation=spec.activation,
         num_learned_positions=max_context if spec.learned_positions else 0,
         act_dtype=act_dtype,
-        int8_activations=mode == "fast",
+        product_input=PRODUCT_INPUTS[mode],
         capacity_bytes=_capacity(spec, formats, max_context),
     )
     # Packing runs outside the interpreter, so the tokenizer, which takes longer, is built meanwhile.
@@ -244,7 +246,7 @@ def _fill(model: _C.DecoderModel, source: WeightSource, formats: dict[str, str],
         values = np.concatenate([source.dense(name) for name in names]).astype(dtype)
         if slot == "positions":
             values = values[: model.num_learned_positions]
-        if slot in ("norm", "norm_bias") and source.spec.logits_divisor != 1.0:
+        if slot == "norm" and source.spec.logits_divisor != 1.0:
             # The head is linear: dividing what it reads divides the logits.
             values = (values.astype(np.float32) / np.float32(source.spec.logits_divisor)).astype(dtype)
         model.set_vector(slot, values.view(np.uint8).reshape(-1))

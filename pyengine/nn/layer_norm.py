@@ -31,17 +31,11 @@ class LayerNorm(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, *, weight_divisor: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """(normalised h, h) with h = x + residual, or h = x where there is no residual. x [..., hidden_size].
-
-        `weight_divisor` divides weight and bias.
-        """
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if weight_divisor != 1.0:
-            weight, bias = weight / weight_divisor, None if bias is None else bias / weight_divisor
+        """(normalised h, h) with h = x + residual, or h = x where there is no residual. x [..., hidden_size]."""
+        weight = self.weight if weight_divisor == 1.0 else self.weight / weight_divisor
         if residual is None:
-            return layer_norm(x, weight, bias, eps=self.eps), x
-        return layer_norm_residual(x, residual, weight, bias, eps=self.eps)
+            return layer_norm(x, weight, self.bias, eps=self.eps), x
+        return layer_norm_residual(x, residual, weight, self.bias, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"

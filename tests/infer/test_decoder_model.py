@@ -12,7 +12,7 @@ OPTIONS = {
     "norm_weight_offset": 0.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_scale": 0.3,
     "tie_word_embeddings": True, "qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_norm": None,
     "norm": "rms", "norm_bias": False, "norm_placement": "pre", "parallel_blocks": False, "gated_mlp": True,
-    "activation": "silu", "num_learned_positions": 0, "act_dtype": "float32", "int8_activations": False,
+    "activation": "silu", "num_learned_positions": 0, "act_dtype": "float32", "product_input": "unrounded",
     "capacity_bytes": 1 << 20,
 }  # fmt: skip
 

@@ -58,7 +58,8 @@ def options(weights, mode):
     return {"weights": weights, "mode": mode, "max_batch_tokens": 512, "cache_tokens": 8192}
 
 
-CASES = [(weights, "exact") for weights in FORMATS] + [(weights, "fast") for weights in FORMATS if weights[0] == "q"]
+CASES = [(weights, "exact") for weights in FORMATS]
+CASES += [(weights, mode) for weights in FORMATS if weights[0] == "q" for mode in ("bf16", "fast")]
 
 
 @pytest.mark.parametrize(("weights", "mode"), CASES)
@@ -78,10 +79,12 @@ def test_batch_chunk_page_and_threads_change_no_bit(tiny, weights, mode):
         assert_same(run_batch(other, batch[:6], chunk=7), alone[:6])
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "q4_1"])
+@pytest.mark.parametrize(
+    ("weights", "mode"), [("float32", "exact"), ("bfloat16", "exact"), ("q4_1", "exact"), ("q4_1", "bf16")]
+)
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_on_every_isa_level(isa, tiny, weights, kv_dtype):
-    llm = LLM(tiny, kv_dtype=kv_dtype, **options(weights, "exact"))
+def test_on_every_isa_level(isa, tiny, weights, mode, kv_dtype):
+    llm = LLM(tiny, kv_dtype=kv_dtype, **options(weights, mode))
     batch = sequences(6)
     alone = [run_batch(llm, [ids], chunk=512)[0] for ids in batch]
     assert_same(run_batch(llm, batch, chunk=7), alone)

@@ -125,12 +125,13 @@ def long_texts(llm):
     ("options", "limit"),
     [
         ({"mode": "exact", "kv_dtype": "bfloat16"}, 2e-4),
+        ({"mode": "bf16"}, 4e-4),
         ({"mode": "fast"}, 0.01),
     ],
-    ids=["bf16_cache", "fast"],
+    ids=["bf16_cache", "bf16", "fast"],
 )
 def test_lossy_choices_stay_within_their_figure(long_texts, options, limit):
-    """Mean KL per token on prose and code, from mode exact with a float32 cache: 4e-5 and 3.1e-3, with room to move."""
+    """Mean KL per token on prose and code, from mode exact with a float32 cache: 4e-5, 1e-4 and 3.1e-3, with room."""
     other = LLM(smollm2_gguf(), max_context=1024, **options)
     divergence = measure_divergence((logits, other.logits(ids)) for ids, logits in long_texts)
     assert divergence.num_tokens > 1300

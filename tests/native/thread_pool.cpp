@@ -127,7 +127,7 @@ void phases() {
     std::vector<int64_t> now(kItems), next(kItems);
     for (int round = 0; round < 20; ++round) {
       std::fill(now.begin(), now.end(), 1);
-      pe::Phases shared;
+      pe::Phases shared(num_workers);
       std::vector<std::atomic<int>> calls(static_cast<size_t>(num_workers));
       pe::parallel_region(num_workers, [&](int index) {
         ++calls[static_cast<size_t>(index)];
@@ -150,6 +150,19 @@ void phases() {
       for (const int64_t value : now) CHECK(value == expected);
     }
   }
+}
+
+// A worker begins at its own range and goes on with those of workers that do not come.
+void ranges() {
+  pe::Phases shared(3);
+  pe::Phases::Worker worker(shared, 1);
+  std::vector<int64_t> order;
+  worker.run(30, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) order.push_back(i);
+  });
+  std::vector<int64_t> expected(30);
+  for (size_t i = 0; i < 30; ++i) expected[i] = static_cast<int64_t>((i + 10) % 30);
+  CHECK(order == expected);
 }
 
 // All workers come where there is work enough.
@@ -178,7 +191,7 @@ void mixed() {
   });
   for (int i = 0; i < 100; ++i) {
     const int num_workers = pe::region_size();
-    pe::Phases shared;
+    pe::Phases shared(num_workers);
     std::vector<int> seen(40);
     pe::parallel_region(num_workers, [&](int index) {
       pe::Phases::Worker worker(shared, index);
@@ -219,6 +232,7 @@ int main(int argc, char** argv) {
   nesting();
   callers_in_turns();
   phases();
+  ranges();
   everybody_comes();
   mixed();
   // ThreadSanitizer does not follow threads that a child of a process with threads starts.

@@ -122,10 +122,17 @@ def test_adds_in_the_order_of_the_contract(isa, block_format, dtype):
             s = (s.astype(np.float64) + np.outer(left[:, k], codes[:, k])).astype(np.float32)
         return s
 
+    def group(k):
+        if dtype == torch.bfloat16 and isa == "amx":
+            return chain(range(k, k + 32, 2)) + chain(range(k + 1, k + 32, 2))
+        if dtype == torch.bfloat16 and isa == "avx512_bf16":
+            pairs = [k + i for i in (2, 0, 3, 1, 6, 4, 7, 5, 10, 8, 11, 9, 14, 12, 15, 13)]
+            return chain(pairs) + chain([i + 16 for i in pairs])
+        return chain(range(k, k + 32))
+
     total = np.zeros((18, 21), np.float32)
     for k in range(0, 96, 32):
-        tiles = isa == "amx" and dtype == torch.bfloat16
-        s = chain(range(k, k + 32, 2)) + chain(range(k + 1, k + 32, 2)) if tiles else chain(range(k, k + 32))
+        s = group(k)
         total = (total.astype(np.float64) + 0.125 * s.astype(np.float64)).astype(np.float32)
     got = run(x.to(dtype), raw, block_format, out_dtype=torch.float32)
     assert_same_bits(got, torch.from_numpy(total))
@@ -140,6 +147,29 @@ def test_same_bits_for_any_number_of_threads(isa):
                 results.append(run(x, raw, "q4_1"))
         assert_same_bits(results[1], results[0])
         assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 17])
+@pytest.mark.parametrize("block_format", FORMATS)
+def test_rounding_x_gives_the_bits_of_bf16_x(isa, block_format, num_rows):
+    x, raw = torch.randn(num_rows, 96), random_blocks(block_format, 37, 96)
+    x[0, :4] = torch.tensor([torch.inf, 1e-40, 3e38, -1e-39])
+    packed, y = pack_blocks(raw, block_format), torch.empty(num_rows, 37)
+    _C.matmul_w4a16_cpu(x, packed, block_format, y, round_x=True)
+    assert_same_bits(y, run(x.bfloat16(), raw, block_format, out_dtype=torch.float32))
+
+
+def test_refuses_to_round_what_is_bf16():
+    x, packed = torch.randn(2, 32).bfloat16(), pack_blocks(random_blocks("q4_0", 5, 32), "q4_0")
+    with pytest.raises(ArgumentError, match="x: expected float32, got bfloat16"):
+        _C.matmul_w4a16_cpu(x, packed, "q4_0", torch.empty(2, 5), round_x=True)
+
+
+@pytest.mark.parametrize("block_format", FORMATS)
+def test_subnormal_activations_count_as_zero_where_the_contract_says_so(isa, block_format):
+    x, raw = torch.full((2, 32), 1e-39).bfloat16(), random_blocks(block_format, 20, 32)
+    flushed = isa in ("avx512_bf16", "amx") and block_format != "q4_1"
+    assert (run(x, raw, block_format, out_dtype=torch.float32) == 0).all() == flushed
 
 
 @pytest.mark.parametrize("at_end", [True, False])

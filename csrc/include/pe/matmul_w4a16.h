@@ -3,17 +3,20 @@
 //
 // Math       y[m,n] = sum_k x[m,k] * w[n,k]
 // Shapes     x [M, K], y [M, N]: last dimension contiguous, row strides in elements; weight N x K, see block_weights.h
-// Numerics   x and y f32 | bf16, each on its own; arithmetic in f32, one rounding at the store. With the code c = q - 8
-//            (q4_*) or q (q8_0), a group g of 32 k contributes
+// Numerics   x and y f32 | bf16, each on its own; arithmetic in f32, one rounding at the store. With round_x, x is f32
+//            that is rounded to bf16 first, and all that is said of bf16 x holds. With the code c = q - 8 (q4_*) or q
+//            (q8_0), a group g of 32 k contributes
 //              s = fma(c[31], x[31], ... fma(c[1], x[1], fma(c[0], x[0], 0)))      k ascending
 //              total = fma(d, s, total)
 //              q4_1: total = fma(m', sum_x[g], total) with m' = fma(8, d, m), rounded once (d*q + m = d*(q-8) + m')
+//            level avx512_bf16, x bf16: s is (the chain over the first 16 k) + (that over the last 16), each in the order
+//            2 0, 3 1, 6 4, 7 5, ... 15 13; subnormal x and s count as zero (the pairs of VDPBF16PS)
 //            level amx, x bf16: s is (the same chain over even k) + (that over odd k); subnormal x and s count as zero
 //            groups ascending; sum_x is x[0..15] + x[16..31], then halves added until one is left
 // Writes     y is overwritten; it may not overlap x or the workspace
 // Order      an element of y depends on its row of x and its row of w alone, and its bits are the same on every ISA
-//            level, but for bf16 x on amx
-// Cost       M = 1 streams the packed weights once; large M is bound by f32 fma, 2*M*N*K flops
+//            level, but for bf16 x on avx512_bf16 and amx
+// Cost       M = 1 streams the packed weights once; large M is bound by the multipliers, 2*M*N*K flops
 // Reference  pyengine/reference/matmul_w4a16.py
 #pragma once
 #include <cstdint>
@@ -32,13 +35,15 @@ struct MatmulW4A16 {
   int64_t num_rows;  // M
   int64_t x_row_stride, y_row_stride;
   DType x_dtype, y_dtype;
+  bool round_x = false;  // x_dtype f32 only
+
+  bool x_is_bf16() const { return x_dtype == DType::bf16 || round_x; }
 };
 
-// The workspace holds x as f32 [M, K] where x is bf16, then sum_x [M, K/32] where the format is q4_1.
-static constexpr int64_t matmul_w4a16_workspace_floats(BlockFormat format, DType x_dtype, int64_t num_rows,
+// The workspace holds x in f32 [M, K] where it is, or is rounded to, bf16, then sum_x [M, K/32] where the format is q4_1.
+static constexpr int64_t matmul_w4a16_workspace_floats(BlockFormat format, bool x_is_bf16, int64_t num_rows,
                                                        int64_t num_cols) {
-  return (x_dtype == DType::bf16 ? num_rows * num_cols : 0) +
-         (format == BlockFormat::q4_1 ? num_rows * (num_cols / kBlockSize) : 0);
+  return (x_is_bf16 ? num_rows * num_cols : 0) + (format == BlockFormat::q4_1 ? num_rows * (num_cols / kBlockSize) : 0);
 }
 
 void matmul_w4a16_cpu(const MatmulW4A16& args);  // brings its own workspace: args.workspace is not read
