@@ -17,6 +17,7 @@ from pyengine.families import (
     falcon,
     gemma3,
     gpt2,
+    gpt_neox,
     granite,
     llama,
     olmo2,
@@ -24,6 +25,7 @@ from pyengine.families import (
     qwen2,
     qwen3,
     smollm3,
+    stablelm,
     starcoder2,
 )
 from pyengine.families.family import Family
@@ -67,6 +69,8 @@ FAMILIES: tuple[Family, ...] = tuple(
         gemma3,
         gpt2,
         starcoder2,
+        gpt_neox,
+        stablelm,
         falcon,
         cohere,
         cohere2,

@@ -12,6 +12,7 @@ from pyengine.errors import ArgumentError
 from pyengine.families.config_keys import plain_activation
 from pyengine.families.family import Family, Option
 from pyengine.families.fields import get_bool, get_optional_int
+from pyengine.families.rows import grouped_rows
 from pyengine.spec import ModelSpec
 
 
@@ -63,15 +64,10 @@ class Falcon(Family):
         return super().folder_part(spec, part, default)
 
     def folder_row_order(self, spec: ModelSpec, name: str) -> npt.NDArray[np.int64] | None:
-        """A kv head follows the query heads that it serves: [num_kv_heads, queries of one, key, value, head_dim]."""
         part = name.rpartition(".")[0].rpartition(".")[2]
         if part not in ("q_proj", "k_proj", "v_proj"):
             return None
-        group = spec.num_heads // spec.num_kv_heads
-        num_rows = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-        rows = np.arange(num_rows, dtype=np.int64).reshape(spec.num_kv_heads, group + 2, spec.head_dim)
-        wanted = {"q_proj": slice(group), "k_proj": slice(group, group + 1), "v_proj": slice(group + 1, group + 2)}
-        return rows[:, wanted[part]].ravel()
+        return grouped_rows(spec.num_heads, spec.num_kv_heads, spec.head_dim, part)
 
     def gguf_tensor_names(self, spec: ModelSpec) -> dict[str, str]:
         names = super().gguf_tensor_names(spec)

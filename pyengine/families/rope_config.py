@@ -71,6 +71,22 @@ def partial_rotary_factor(config: Mapping[str, Any]) -> float:
     return next(iter(said.values()), 1.0)
 
 
+def with_default_factor(config: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """`config` with a partial_rotary_factor, the default where neither dialect says one."""
+    places = (config, get_mapping(config, "rope_parameters"), get_mapping(config, "rope_scaling"))
+    if any(place.get("partial_rotary_factor") is not None for place in places):
+        return dict(config)
+    return dict(config) | {"partial_rotary_factor": default}
+
+
+def with_factor(config: Mapping[str, Any], rotary_dim: int | None) -> dict[str, Any]:
+    """The keys of `rope_to_config` with the factor said even where it is 1, for readers with another default."""
+    parameters = dict(config["rope_parameters"])
+    if rotary_dim is None:
+        parameters["partial_rotary_factor"] = 1.0
+    return {"rope_parameters": parameters, "partial_rotary_factor": parameters["partial_rotary_factor"]}
+
+
 def _factor_of(rotary_dim: int, head_dim: int) -> float:
     """The factor that gives `rotary_dim` when a reader multiplies and truncates."""
     factor = rotary_dim / head_dim

@@ -81,6 +81,13 @@ CONFIG: dict[str, Any] = {
         ("starcoder2", "hidden_act", {"hidden_act": "silu"}),
         ("starcoder2", "use_bias", {"use_bias": 1}),
         ("starcoder2", "sliding_window", {"sliding_window": 0}),
+        ("gpt_neox", "use_parallel_residual", {"use_parallel_residual": 1}),
+        ("gpt_neox", "rotary_emb_base", {"rotary_emb_base": "1e4"}),
+        ("gpt_neox", "partial_rotary_factor", {"rotary_pct": 2.0}),
+        ("gpt_neox", "hidden_act", {"hidden_act": "relu"}),
+        ("stablelm", "qk_layernorm", {"qk_layernorm": True}),
+        ("stablelm", "use_qkv_bias", {"use_qkv_bias": "yes"}),
+        ("stablelm", "partial_rotary_factor", {"partial_rotary_factor": -0.5}),
         ("falcon", "alibi", {"alibi": True}),
         ("falcon", "parallel_attn", {"parallel_attn": False, "new_decoder_architecture": True}),
         ("falcon", "num_ln_in_parallel_attn", {"num_ln_in_parallel_attn": 2}),
@@ -116,6 +123,8 @@ def test_sizes_are_checked_before_they_are_used(model_type: str, value: int, key
     config = CONFIG | {"model_type": model_type, "head_dim": 16, key: value}
     if model_type == "gemma3_text":
         config["query_pre_attn_scalar"] = 16
+    if model_type in ("gpt_neox", "stablelm"):
+        config["partial_rotary_factor"] = 0.5
     if "cohere" in model_type:
         config["tie_word_embeddings"] = True
     family = next(family for family in FAMILIES if model_type in family.model_types)
@@ -147,7 +156,16 @@ def test_sizes_are_checked_before_they_are_used(model_type: str, value: int, key
         ("gemma3_text", {"num_hidden_layers": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
         ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
         ("gpt2", {"n_inner": 96, "activation_function": "gelu"}),
+        (
+            "llama",
+            {
+                "original_max_position_embeddings": 64,
+                "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+            },
+        ),
         ("starcoder2", {"use_bias": False, "sliding_window": 5}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 5e4, "use_parallel_residual": False}),
+        ("stablelm", {"partial_rotary_factor": 0.5, "rope_theta": 5e4, "use_qkv_bias": True}),
         ("falcon", {"new_decoder_architecture": True}),
         ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "num_kv_heads": 2}),
         ("falcon", {"parallel_attn": False, "multi_query": False, "bias": True, "ffn_hidden_size": 96}),

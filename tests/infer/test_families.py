@@ -31,6 +31,7 @@ from pyengine.testing.tiny import tiny_model  # noqa: E402
 pytestmark = pytest.mark.train
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+HALF = {"partial_rotary_factor": 0.5}
 TIED = {"tie_word_embeddings": True}
 MODELS = {
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -126,6 +127,20 @@ MODELS = {
     "starcoder2_windows": (
         "starcoder2",
         {"use_bias": False, "sliding_window": 19, "hidden_act": "gelu", "tie_word_embeddings": False},
+    ),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **HALF}}),
+    "gpt_neox_serial": (
+        "gpt_neox",
+        {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_pytorch_tanh", **TIED},
+    ),
+    "stablelm": ("stablelm", {"num_hidden_layers": 3}),
+    "stablelm_parallel": (
+        "stablelm",
+        {
+            "use_parallel_residual": True,
+            "use_qkv_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 1.0},
+        },
     ),
     "falcon": ("falcon", {}),
     "falcon_serial": (
@@ -267,8 +282,10 @@ def test_gradients_are_those_of_transformers(tmp_path, name):
     targets = torch.cat([ids[:, 1:], torch.tensor([[-100]])], 1)
     model(ids, targets=targets).sum().backward()
     own = {key: parameter.grad.numpy() for key, parameter in model.named_parameters()}
+    # Transformers renames this one between file and module.
+    renamed = {"embed_out.weight": "lm_head.weight"}
     grads = {
-        stored: torch.from_numpy(tensor.join({key: own[key] for key in tensor.weights}))
+        renamed.get(stored, stored): torch.from_numpy(tensor.join({key: own[key] for key in tensor.weights}))
         for stored, tensor in family_of(model.spec).folder_tensors(model.spec).items()
     }
     exact_grads, peer_grads = (
@@ -290,6 +307,7 @@ GGUF_CANNOT_SAY = {
     "llama_yarn_untruncated": "rope",
     "gpt2_wide": "activation",
     "starcoder2_windows": "sliding_window",
+    "gpt_neox_serial": "tie_word_embeddings",
     "falcon_serial": "qkv_bias",
     "falcon_groups": "qkv_bias",
     "cohere_biases": "tie_word_embeddings",
