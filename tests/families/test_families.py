@@ -64,6 +64,8 @@ CONFIG: dict[str, Any] = {
             {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}},
         ),
         ("phi3", "rotary_dim", {"partial_rotary_factor": 0.2}),
+        ("gemma", "hidden_activation", {"hidden_activation": "silu"}),
+        ("gemma", "hidden_act", {"hidden_act": ["gelu"]}),
         ("gemma3_text", "attn_logit_softcapping", {"attn_logit_softcapping": 50.0}),
         ("gemma3_text", "final_logit_softcapping", {"final_logit_softcapping": 30.0}),
         ("gemma3_text", "use_bidirectional_attention", {"use_bidirectional_attention": True}),
@@ -125,7 +127,7 @@ def test_sizes_are_checked_before_they_are_used(model_type: str, value: int, key
         config["query_pre_attn_scalar"] = 16
     if model_type in ("gpt_neox", "stablelm"):
         config["partial_rotary_factor"] = 0.5
-    if "cohere" in model_type:
+    if model_type in ("gemma", "cohere", "cohere2"):
         config["tie_word_embeddings"] = True
     family = next(family for family in FAMILIES if model_type in family.model_types)
     if family.renamed_keys.get(key) != "":
@@ -155,6 +157,7 @@ def test_sizes_are_checked_before_they_are_used(model_type: str, value: int, key
         ("gemma3_text", {"num_hidden_layers": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 168}),
         ("gemma3_text", {"num_hidden_layers": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
         ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
+        ("gemma", {"hidden_act": "gelu"}),
         ("gpt2", {"n_inner": 96, "activation_function": "gelu"}),
         (
             "llama",

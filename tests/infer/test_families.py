@@ -67,6 +67,8 @@ MODELS = {
     ),
     "olmo2": ("olmo2", {}),
     "olmo2_biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
+    "gemma": ("gemma", {"head_dim": 24}),
+    "gemma_biases": ("gemma", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
     "gemma3": (
         "gemma3_text",
         {
@@ -304,6 +306,7 @@ def test_gradients_are_those_of_transformers(tmp_path, name):
 
 
 GGUF_CANNOT_SAY = {
+    "gemma_biases": "tie_word_embeddings",
     "llama_yarn_untruncated": "rope",
     "gpt2_wide": "activation",
     "starcoder2_windows": "sliding_window",
