@@ -293,10 +293,15 @@ class Family:
         names = self.folder_tensor_names(spec)
         shapes, places = stored_shapes(spec, names), stored_rows(spec, names)
         tensors = {}
+        # The same in every layer: a config of many wide layers must not cost an array for each.
+        orders: dict[str, npt.NDArray[np.int64] | None] = {}
         for stored, weights in stacked_weights(names).items():
             rows: dict[str, slice | npt.NDArray[np.int64]] = {}
             for name in weights:
-                order = self.folder_row_order(spec, name)
+                part = name.split(".", 3)[-1]
+                if part not in orders:
+                    orders[part] = self.folder_row_order(spec, name)
+                order = orders[part]
                 rows[name] = slice(places[name].start, places[name].stop) if order is None else order
             part = weights[0].removesuffix(".weight").split(".", 3)[-1]
             is_transposed = part in self.folder_transposed and len(shapes[stored]) == 2

@@ -263,6 +263,9 @@ def test_every_row_of_a_folder_is_in_one_weight(family: Any) -> None:
     spec = spec_from_config(CONFIG | {"model_type": family.model_types[0]})
     shapes, tensors = spec.tensor_shapes(), family.folder_tensors(spec)
     assert sorted(name for tensor in tensors.values() for name in tensor.weights) == sorted(shapes)
+    orders = {name: rows for tensor in tensors.values() for name, rows in tensor.weights.items()}
+    first, second = (orders[f"model.layers.{layer}.self_attn.q_proj.weight"] for layer in (0, 1))
+    assert first is second or isinstance(first, slice), "layers share an order, however many there are"
     for tensor in tensors.values():
         upright = tensor.upright(np.arange(np.prod(tensor.shape)).reshape(tensor.shape))
         parts = {name: upright[rows] for name, rows in tensor.weights.items()}
