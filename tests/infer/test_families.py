@@ -345,6 +345,19 @@ def test_gguf_holds_the_model(tmp_path, name, weights):
             assert_same_bits(value, expected + offset if key.endswith("norm.weight") else expected)
 
 
+@pytest.mark.parametrize("weights", ["q8_0", "q4_1"])
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "falcon_two_norms", "cohere", "stablelm"])
+def test_blocks_are_multiplied_at_their_values(tmp_path, name, weights):
+    """The products of blocks prepare their input beside it: transformers has the same values in plain matrices."""
+    out = tmp_path / "model.gguf"
+    quantize_to_gguf(make(tmp_path / "model", name), out, weights=weights, embedding=weights)
+    save_pretrained(from_pretrained(out), tmp_path / "values")
+    llm, ids = LLM(out), random_ids(70, 6)
+    got = torch.from_numpy(llm.logits(ids))
+    exact = to_exact(load(tmp_path / "values"), llm.spec)
+    assert_accurate(got, logits(exact, ids), logits(load(tmp_path / "values"), ids))
+
+
 @pytest.mark.parametrize("name", ["granite", "phi3", "olmo2", "gemma3"])
 def test_rounding_to_calibration_reaches_the_file(tmp_path, name):
     """The file computes what the rounded model computes, and other than rounding to nearest does."""
