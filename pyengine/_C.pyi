@@ -239,6 +239,8 @@ def attention_decode_cpu(
     sliding_window: int | None,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
+    round_q: bool = False,
 ) -> None: ...
 def attention_fwd_cpu(
     q: Tensor,

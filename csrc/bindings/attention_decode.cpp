@@ -109,9 +109,10 @@ void check_rows(const Check& check, const Tensor& t, const char* name, std::init
 
 void decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_table, const Tensor& seq,
             const Tensor& position, const Tensor& y, float scale, std::optional<int64_t> sliding_window,
-            const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales) {
+            const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales, bool round_q) {
   constexpr Check check{"attention_decode"};
   check_rows(check, q, "q", {-1, -1, -1});
+  if (round_q) check.dtype(q, "q", {DType::f32});
   const int64_t num_rows = q.shape[0], num_heads = q.shape[1];
   const Cache cache(check, k_pages, v_pages, block_table, seq, position, k_scales, v_scales, num_rows);
   check.shape(q, "q", {num_rows, num_heads, cache.head_dim});
@@ -152,7 +153,8 @@ void decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const
                         .sliding_window = sliding_window.value_or(0),
                         .scale = scale,
                         .dtype = q.dtype,
-                        .cache_dtype = v_pages.dtype});
+                        .cache_dtype = v_pages.dtype,
+                        .round_q = round_q});
 }
 
 void append(const Tensor& k, const Tensor& v, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_table,
@@ -213,7 +215,7 @@ void append(const Tensor& k, const Tensor& v, const Tensor& k_pages, const Tenso
 void bind_attention_decode(py::module_& m) {
   m.def("attention_decode_cpu", decode, py::arg("q"), py::arg("k_pages"), py::arg("v_pages"), py::arg("block_table"),
         py::arg("seq"), py::arg("position"), py::arg("y"), py::arg("scale"), py::arg("sliding_window"),
-        py::arg("k_scales") = py::none(), py::arg("v_scales") = py::none());
+        py::arg("k_scales") = py::none(), py::arg("v_scales") = py::none(), py::kw_only(), py::arg("round_q") = false);
   m.def("kv_append_cpu", append, py::arg("k"), py::arg("v"), py::arg("k_pages"), py::arg("v_pages"),
         py::arg("block_table"), py::arg("seq"), py::arg("position"), py::arg("k_scales") = py::none(),
         py::arg("v_scales") = py::none());

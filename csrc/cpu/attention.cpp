@@ -11,7 +11,11 @@
 namespace pe {
 namespace {
 
-constexpr IsaEntry<AttentionIsa> kIsas[] = {PE_ISA_ENTRIES_VECTOR(attention)};
+constexpr IsaEntry<AttentionIsa> kIsas[] = {
+#if defined(__x86_64__)
+    {Isa::avx512_bf16, &avx512_bf16::attention},
+#endif
+    PE_ISA_ENTRIES_VECTOR(attention)};
 constexpr int64_t kDeltaTokensPerTask = 64;
 
 std::vector<AttentionTile> cut(const int32_t* segment_offsets, int64_t num_segments, int64_t positions_per_tile) {

@@ -1,4 +1,4 @@
-// ISA: scalar avx2 avx512
+// ISA: scalar avx2 avx512 avx512_bf16
 #include "pe/attention.h"
 
 #include "simd/attention_rows.h"
@@ -74,6 +74,7 @@ void for_each_row(const AttentionTile& tile, int64_t head_begin, int64_t group_s
 
 template <class T>
 void fwd_items(const AttentionFwd& a, const AttentionWork& work, int64_t item_begin, int64_t item_end, void* scratch) {
+  constexpr bool kPairs = kBf16Pairs && sizeof(T) == sizeof(bf16);
   const int64_t group_size = a.num_heads / a.num_kv_heads;
   for (int64_t item = item_begin; item < item_end; ++item) {
     const AttentionTile& tile = work.query_tiles[work.num_query_tiles - 1 - item / a.num_kv_heads];
@@ -85,16 +86,17 @@ void fwd_items(const AttentionFwd& a, const AttentionWork& work, int64_t item_be
       rows.ranges.begin[r] = keys.begin;
       rows.ranges.end[r] = keys.end;
       const T* q = rows_of(static_cast<const T*>(a.q), a.q_row_stride, a.q_head_stride, segment, head);
-      load_row(q + position * a.q_row_stride, a.head_dim, rows.q_row(r));
+      rows.template set_q<kPairs>(r, q + position * a.q_row_stride);
     });
 
     const T* k = lanes_of<T>(work.k_lanes, a, work, segment, kv_head);
     const T* v = rows_of(static_cast<const T*>(a.v), a.v_row_stride, a.v_head_stride, segment, kv_head);
-    attend<T>(rows, a.scale, [&](int64_t base, int64_t key_begin, int64_t key_end) {
-      KvBlock<T> kv{.k = {}, .v = {}, .v_row_stride = a.v_row_stride};
+    attend<T, kPairs>(rows, a.scale, [&](int64_t base, int64_t key_begin, int64_t key_end) {
+      KvBlock<T> kv{};
+      kv.v_row_stride = a.v_row_stride;
       for (int64_t b = (key_begin - base) / kLaneKeys; base + b * kLaneKeys < key_end; ++b) {
-        kv.k[b] = k + (base + b * kLaneKeys) * a.head_dim;
-        kv.v[b] = v + (base + b * kLaneKeys) * a.v_row_stride;
+        kv.k[b] = kv.next_k[b] = k + (base + b * kLaneKeys) * a.head_dim;
+        kv.v[b] = kv.next_v[b] = v + (base + b * kLaneKeys) * a.v_row_stride;
       }
       return kv;
     });
@@ -148,7 +150,7 @@ void walk_backward(const BackwardRows& rows, const Opposite<T>& opposite, int64_
                    const StatisticsFn& statistics) {
   alignas(64) float p[kTileRows][kBlockKeys], ds[kTileRows][kBlockKeys];
   const float ones[kTileRows] = {1, 1, 1, 1, 1, 1};
-  for_each_block(rows.ranges, [&](int64_t base, int64_t begin, int64_t end, const auto& visit) {
+  for_each_block(rows.ranges, all_keys(rows.ranges), [&](int64_t base, int64_t begin, int64_t end, const auto& visit) {
     const T *score_lanes[kLaneBlocks] = {}, *weight_lanes[kLaneBlocks] = {};
     const T *score_rows[kLaneBlocks] = {}, *weight_rows[kLaneBlocks] = {};
     for (int64_t b = (begin - base) / kLaneKeys; base + b * kLaneKeys < end; ++b) {
@@ -170,8 +172,8 @@ void walk_backward(const BackwardRows& rows, const Opposite<T>& opposite, int64_
           grad_weight[i] = rows.grad_weight + offset;
         }
         const int first = tile.lane_block_begin(), last = tile.lane_block_end();
-        dot_tile<R>(left, score_lanes, first, last, head_dim, p);
-        dot_tile<R>(right, weight_lanes, first, last, head_dim, ds);
+        dot_tile<R>(left, score_lanes, score_lanes, first, last, head_dim, p);
+        dot_tile<R>(right, weight_lanes, weight_lanes, first, last, head_dim, ds);
         for (int i = 0; i < R; ++i) {
           for (int j = first * kLaneKeys; j < last * kLaneKeys; j += VecF::size) {
             const auto [lse, delta] = statistics(tile.row[i], base + j);
@@ -181,8 +183,9 @@ void walk_backward(const BackwardRows& rows, const Opposite<T>& opposite, int64_
           }
         }
         if (opposite.weight_rows)
-          accumulate_tile<R>(tile, p, weight_rows, opposite.weight_row_stride, head_dim, ones, grad_weight);
-        accumulate_tile<R>(tile, ds, score_rows, opposite.score_row_stride, head_dim, ones, grad_score);
+          accumulate_tile<R>(tile, p, weight_rows, weight_rows, opposite.weight_row_stride, head_dim, ones,
+                             grad_weight);
+        accumulate_tile<R>(tile, ds, score_rows, score_rows, opposite.score_row_stride, head_dim, ones, grad_score);
       });
     });
   });

@@ -8,7 +8,11 @@
 namespace pe {
 namespace {
 
-constexpr IsaEntry<AttentionDecodeIsa> kIsas[] = {PE_ISA_ENTRIES_VECTOR(attention_decode)};
+constexpr IsaEntry<AttentionDecodeIsa> kIsas[] = {
+#if defined(__x86_64__)
+    {Isa::avx512_bf16, &avx512_bf16::attention_decode},
+#endif
+    PE_ISA_ENTRIES_VECTOR(attention_decode)};
 constexpr int64_t kAppendElementsPerTask = 16 * 1024;
 
 }  // namespace

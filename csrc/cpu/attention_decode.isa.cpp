@@ -1,4 +1,4 @@
-// ISA: scalar avx2 avx512
+// ISA: scalar avx2 avx512 avx512_bf16
 #include "pe/attention_decode.h"
 
 #include "simd/attention_rows.h"
@@ -7,15 +7,10 @@
 namespace pe::PE_ISA {
 namespace {
 
-// The keys or values of one lane block, into the second-level cache.
-template <class C>
-void prefetch_lanes(const C* first, int64_t head_dim) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(C));
-  for (int64_t i = 0; i < kLaneKeys * head_dim; i += kLine) __builtin_prefetch(first + i, 0, 2);
-}
-
-template <class T, class C>
+// T of q and y, C of the cache; with kRound, q is f32 and rounded to bf16.
+template <class T, class C, bool kRound>
 void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, int64_t row_end, void* scratch) {
+  constexpr bool kPairs = kBf16Pairs && sizeof(C) == sizeof(bf16) && (kRound || sizeof(T) == sizeof(bf16));
   const int64_t group_size = a.num_heads / a.num_kv_heads, head_begin = kv_head * group_size;
   const ForwardRows rows((row_end - row_begin) * group_size, a.head_dim, scratch);
   const T* q = static_cast<const T*>(a.q);
@@ -25,7 +20,14 @@ void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, i
     for (int64_t h = head_begin; h < head_begin + group_size; ++h, ++r) {
       rows.ranges.begin[r] = begin;
       rows.ranges.end[r] = end;
-      load_row(q + t * a.q_row_stride + h * a.q_head_stride, a.head_dim, rows.q_row(r));
+      const T* q_row = q + t * a.q_row_stride + h * a.q_head_stride;
+      if constexpr (kRound && !kPairs) {
+        alignas(64) bf16 rounded[kAttentionMaxHeadDim];
+        store_row(rounded, a.head_dim, q_row, [](VecF v) { return v; });
+        rows.template set_q<false>(r, rounded);
+      } else {
+        rows.template set_q<kPairs>(r, q_row);
+      }
     }
   }
 
@@ -34,7 +36,7 @@ void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, i
   const C* v_pages = static_cast<const C*>(a.v_pages);
   const auto slot_of = [&](int64_t key) { return kv_head * a.page_size + key % a.page_size; };
   const int64_t num_keys = int64_t{a.position[row_end - 1]} + 1;
-  attend<C>(rows, a.scale, [&](int64_t base, int64_t key_begin, int64_t key_end) {
+  attend<C, kPairs>(rows, a.scale, [&](int64_t base, int64_t key_begin, int64_t key_end) {
     KvBlock<C> kv{};
     kv.v_row_stride = a.head_dim;
     for (int64_t b = (key_begin - base) / kLaneKeys; base + b * kLaneKeys < key_end; ++b) {
@@ -46,11 +48,16 @@ void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, i
         kv.v_scales[b] = a.v_scales + page * a.v_scale_page_stride + slot;
       }
     }
-    // Pages lie anywhere, so no hardware foresees the next block.
-    for (int64_t key = base + kBlockKeys; key < min_of(base + 2 * kBlockKeys, num_keys); key += kLaneKeys) {
-      const int64_t page = pages[key / a.page_size], slot = slot_of(key);
-      prefetch_lanes(k_pages + page * a.k_page_stride + slot * a.head_dim, a.head_dim);
-      prefetch_lanes(v_pages + page * a.v_page_stride + slot * a.head_dim, a.head_dim);
+    for (int64_t b = 0; b < kLaneBlocks; ++b) {
+      const int64_t key = base + kBlockKeys + b * kLaneKeys;
+      if (key < num_keys) {
+        const int64_t page = pages[key / a.page_size], slot = slot_of(key);
+        kv.next_k[b] = k_pages + page * a.k_page_stride + slot * a.head_dim;
+        kv.next_v[b] = v_pages + page * a.v_page_stride + slot * a.head_dim;
+      } else {
+        kv.next_k[b] = kv.k[b];
+        kv.next_v[b] = kv.v[b];
+      }
     }
     return kv;
   });
@@ -61,15 +68,17 @@ void run_of_rows(const AttentionDecode& a, int64_t kv_head, int64_t row_begin, i
       rows.finish_row(r, y + t * a.y_row_stride + h * a.y_head_stride, nullptr);
 }
 
-template <class T>
+template <class T, bool kRound>
 auto run_for(DType cache_dtype) {
-  return cache_dtype == DType::f32    ? run_of_rows<T, float>
-         : cache_dtype == DType::bf16 ? run_of_rows<T, bf16>
-                                      : run_of_rows<T, int8_t>;
+  return cache_dtype == DType::f32    ? run_of_rows<T, float, kRound>
+         : cache_dtype == DType::bf16 ? run_of_rows<T, bf16, kRound>
+                                      : run_of_rows<T, int8_t, kRound>;
 }
 
 void rows(const AttentionDecode& a, int64_t item_begin, int64_t item_end, void* scratch) {
-  const auto run = a.dtype == DType::f32 ? run_for<float>(a.cache_dtype) : run_for<bf16>(a.cache_dtype);
+  const auto run = a.dtype == DType::bf16 ? run_for<bf16, false>(a.cache_dtype)
+                   : a.round_q            ? run_for<float, true>(a.cache_dtype)
+                                          : run_for<float, false>(a.cache_dtype);
   // Items are numbered run by run, the kv heads of one run after each other.
   int64_t item = 0;
   for (int64_t begin = 0; begin < a.num_rows && item < item_end;) {

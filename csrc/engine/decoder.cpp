@@ -36,6 +36,11 @@ BlockWeights block_weights(const Matrix& part) {
 // bf16 activations need no rounding.
 bool rounds_x(const ModelConfig& c) { return c.product_input == ProductInput::bf16 && c.act_dtype == DType::f32; }
 
+// Where products round their inputs, those of attention do, if the cache has the same dtype.
+bool rounds_q(const ModelConfig& c, DType cache_dtype) {
+  return c.product_input != ProductInput::unrounded && c.act_dtype == DType::f32 && cache_dtype == DType::bf16;
+}
+
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 uint8_t* at(void* base, int64_t elements, DType dtype) {
@@ -527,7 +532,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                                     .sliding_window = layer_config.sliding_window,
                                     .scale = c.attention_scale,
                                     .dtype = act,
-                                    .cache_dtype = cache_.dtype()};
+                                    .cache_dtype = cache_.dtype(),
+                                    .round_q = rounds_q(c, cache_.dtype())};
     uint8_t* scratch = scratch_base_ + scratch_bytes_ * static_cast<size_t>(worker.index());
     worker.run(attention_decode_num_items(attention), 1,
                [&](int64_t begin, int64_t end) { attention_decode_isa().rows(attention, begin, end, scratch); });

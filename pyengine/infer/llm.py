@@ -37,13 +37,15 @@ class LLM:
         model: path of a .gguf file, or of a folder with config.json, tokenizer.json and model.safetensors.
         weights: format in memory: "auto" keeps the file's; "float32", "bfloat16", "q8_0", "q4_1", "q4_0" convert.
         mode: "exact" computes with float activations. Products with weights in blocks may round theirs first: "bf16" to
-            bfloat16, "fast" to int8 per 32 values, for integer dot products. "auto" is "exact".
+            bfloat16, "fast" to int8 per 32 values, for integer dot products; attention over a bfloat16 cache rounds
+            its queries then. "auto" is "exact".
         threads: size of the native thread pool of this process; None keeps it.
         max_context: most tokens of one sequence; None takes the model's, at most 8192. What is given here chooses the
             factors of LongRoPE, else the model's own.
         cache_tokens: tokens that the key/value cache holds over all sequences; None takes max_context.
-        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations. int8 has one
-            scale per token and head, and holds 3.8 times the tokens of float32 in the same memory.
+        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations, and bfloat16 in
+            the modes that round. int8 has one scale per token and head, and holds 3.8 times the tokens of float32 in
+            the same memory.
         max_batch_tokens: most tokens of one native step.
         prefix_cache: start a prompt behind the full pages that the cache still holds of it. Changes no bit of a result,
             only its time; requests with different `cache_salt` share nothing.

@@ -98,7 +98,9 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         )
     act_dtype = "bfloat16" if set(formats.values()) == {"bfloat16"} else "float32"
     mode = "exact" if options.mode == "auto" else options.mode
-    kv_dtype = act_dtype if options.kv_dtype == "auto" else options.kv_dtype
+    kv_dtype = options.kv_dtype
+    if kv_dtype == "auto":
+        kv_dtype = act_dtype if mode == "exact" else "bfloat16"
     max_context = min(spec.max_position_embeddings, options.max_context or DEFAULT_MAX_CONTEXT)
 
     model = _C.DecoderModel(

@@ -160,9 +160,12 @@ def test_decode_gives_the_bits_of_the_training_forward(isa, page_size, cache_dty
     k_pages = torch.full((sum(num_pages), 2, page_size // 16, 40, 16), NAN, dtype=cache_dtype)
     v_pages = torch.full((sum(num_pages), 2, page_size, 40), NAN, dtype=cache_dtype)
     kv_append(k, v, k_pages, v_pages, table, seq, position)
-    k, v = (t.to(cache_dtype).to(dtype) for t in (k, v))  # what is stored
+    stored = (k.to(cache_dtype), v.to(cache_dtype))
+    # bf16 that is kept as f32 is multiplied as f32.
+    common = torch.promote_types(dtype, cache_dtype)
     for window in (None, 50):
-        expected = attention(q, k, v, segment_offsets=offsets, sliding_window=window)
+        wide = attention(q.to(common), *(t.to(common) for t in stored), segment_offsets=offsets, sliding_window=window)
+        expected = wide.to(dtype)
         for chunk in (1, 7, 64, len(q)):
             parts = [
                 attention_decode(x, k_pages, v_pages, table, s, p, sliding_window=window)

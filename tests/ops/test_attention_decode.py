@@ -216,12 +216,12 @@ def test_touches_no_byte_outside_its_tensors(isa, head_dim, dtype, cache_dtype):
         _C.kv_append_cpu(k, k, cache.k_pages, cache.v_pages, table, seq, position, **cache.scales)
 
 
-@pytest.mark.parametrize("cache_dtype", [F32, INT8], ids=str)
+@pytest.mark.parametrize("cache_dtype", [F32, BF16, INT8], ids=str)
 def test_what_a_row_does_not_see_does_not_reach_it(isa, cache_dtype):
     torch.manual_seed(0)
     cache, _ = filled([100], 2, 24, 32, cache_dtype)
     rows = list(range(40, 60))
-    q = torch.randn(len(rows), 4, 24)
+    q = torch.randn(len(rows), 4, 24).to(BF16 if cache_dtype == BF16 else F32)
     expected = cache.attend(q, [0] * len(rows), rows, sliding_window=20)
     nothing = torch.full((1, 2, 24), NAN)
     for t in [*range(21), *range(60, 100)]:
@@ -232,6 +232,19 @@ def test_what_a_row_does_not_see_does_not_reach_it(isa, cache_dtype):
     got = cache.attend(q, [0] * len(rows), rows, sliding_window=20)
     assert_same_bits(got[:10], expected[:10])
     assert got[10:].isnan().all()
+
+
+@pytest.mark.parametrize("cache_dtype", [F32, BF16, INT8], ids=str)
+def test_rounding_q_gives_the_bits_of_bf16_q(isa, cache_dtype):
+    torch.manual_seed(0)
+    cache, _ = filled([70, 1, 201], 2, 40, 32, cache_dtype)
+    q, rows = torch.randn(5, 4, 40), (int32([2, 0, 0, 2, 1]), int32([200, 30, 31, 0, 0]))
+    y = torch.empty(5, 4, 40)
+    pages = cache.k_pages, cache.v_pages, cache.block_table
+    _C.attention_decode_cpu(q, *pages, *rows, y, 0.2, None, **cache.scales, round_q=True)
+    assert_same_bits(y.to(BF16), cache.attend(q.to(BF16), *rows, scale=0.2))
+    with pytest.raises(ArgumentError, match="q: expected float32, got bfloat16"):
+        _C.attention_decode_cpu(q.to(BF16), *pages, *rows, y.to(BF16), 0.2, None, **cache.scales, round_q=True)
 
 
 def test_scores_of_minus_infinity_weigh_nothing(isa):

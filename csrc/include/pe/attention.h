@@ -13,9 +13,12 @@
 // Shapes     q, y, grad_y, grad_q [T, H, D]; k, v, grad_k, grad_v [T, K, D]: last dimension contiguous, other strides
 //            in elements; H % K == 0, 1 <= D <= 256; lse [T, H] f32 contiguous
 //            segment_offsets [num_segments + 1] ascend from 0 to T
-// Numerics   f32 | bf16 in and out; all arithmetic in f32; one rounding, at the store
+// Numerics   f32 | bf16 in and out; all arithmetic in f32; one rounding, at the store. Level avx512_bf16, forward in bf16:
+//            the weights of values, exp(s - max), are rounded to bf16 too, not so their sum; subnormal products and sums
+//            count as zero
 // Writes     outputs are overwritten (=), never accumulated (+=), and may not overlap an input
-// Order      on one ISA level a row of y depends on its q, on the keys and values that it sees and on their positions,
+// Order      keys are cut at multiples of kAttentionPartKeys, and what the parts give is added in ascending order.
+//            On one ISA level a row of y depends on its q, on the keys and values that it sees and on their positions,
 //            and on nothing else; attention_decode gives the same bits (simd/attention_rows.h is the arithmetic of
 //            both). A row of grad_q sums over keys in ascending order; a row of grad_k or grad_v over query heads, then
 //            over positions, in ascending order. No atomics
@@ -31,6 +34,7 @@
 namespace pe {
 
 constexpr int64_t kAttentionBlockKeys = 64;  // keys per step of the online softmax, by absolute index
+constexpr int64_t kAttentionPartKeys = 256;  // keys whose softmax is one sum, by absolute index; parts may be split
 constexpr int64_t kAttentionLaneKeys = 16;   // keys side by side in a transposed block of K, [D][16]
 constexpr int64_t kAttentionMaxHeadDim = 256;
 constexpr int64_t kAttentionItemRows = 48;  // query rows that share a walk over the keys, where a group has no more
@@ -117,11 +121,15 @@ const AttentionIsa& attention_isa();
 static constexpr int64_t attention_item_positions(int64_t group_size) {
   return group_size < kAttentionItemRows ? kAttentionItemRows / group_size : 1;
 }
-// Bytes, 64-byte aligned, that `num_rows` rows in flight need: q and acc of forward, two of each in backward, row
-// statistics, bounds, and the scores of a tile.
+// Floats of the state of one row of forward: the sum over values [D], padded to 16, 16 sums of weights, and the maximum
+// of the scores with 15 to fill its line.
+static constexpr int64_t attention_state_floats(int64_t head_dim) { return (head_dim + 15) / 16 * 16 + 32; }
+// Bytes, 64-byte aligned, that `num_rows` rows in flight need: q and two states of forward, or two rows and two gradients
+// of backward; bounds.
 static constexpr int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim, bool backward) {
   const int64_t padded_dim = (head_dim + 15) / 16 * 16;
-  return num_rows * ((backward ? 4 : 2) * padded_dim * 4 + 64 + 4 + 16) + 64 * 16;
+  const int64_t floats = backward ? 4 * padded_dim : padded_dim + 2 * attention_state_floats(head_dim);
+  return num_rows * (floats * 4 + 16) + 64 * 8;
 }
 
 }  // namespace pe

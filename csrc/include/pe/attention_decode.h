@@ -15,8 +15,9 @@
 //            int8 key) * its scale, a weight is multiplied by the scale of its value, nothing is dequantised on the way
 // Writes     y and the named slots are overwritten. What no row sees counts for nothing: pages may hold NaN there, and
 //            table entries before a window or past the last position may be anything
+//            round_q: f32 q is rounded to bf16, and q counts as bf16. Level avx512_bf16, q and cache bf16: as attention
 // Order      a row of y has the same bits in any batch, chunk, page size and number of threads, and those of attention
-//            on the stored k and v. Rows of one append name different slots
+//            on the stored k and v (in f32, unless q and cache are bf16). Rows of one append name different slots
 // Cost       decode is memory bound: 2 * K * D * (position + 1) cache elements a row; rows of one sequence at
 //            neighbouring positions share them
 // Reference  pyengine/reference/attention_decode.py; Kwon et al. 2023, arXiv:2309.06180
@@ -44,8 +45,9 @@ struct AttentionDecode {
   int64_t k_scale_page_stride, v_scale_page_stride;
   int64_t sliding_window;  // 0: none
   float scale;
-  DType dtype;        // of q and y
-  DType cache_dtype;  // of k_pages and v_pages
+  DType dtype;           // of q and y
+  DType cache_dtype;     // of k_pages and v_pages
+  bool round_q = false;  // dtype f32 only: q is rounded to bf16 first
 };
 
 struct KvAppend {
