@@ -48,8 +48,13 @@ class DecoderModel:
         o_bias: bool,
         mlp_bias: bool,
         qk_norm: str | None,
+        norm: str,
+        norm_bias: bool,
         norm_placement: str,
-        gate_activation: str,
+        parallel_blocks: bool,
+        gated_mlp: bool,
+        activation: str,
+        num_learned_positions: int,
         act_dtype: str,
         product_input: str,
         capacity_bytes: int,
@@ -64,6 +69,8 @@ class DecoderModel:
     def bytes_per_token(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def num_learned_positions(self) -> int: ...
 
 class Decoder:
     def __init__(
@@ -289,6 +296,8 @@ def build_info() -> dict[str, typing.Any]: ...
 def dequantize_int8_cpu(q: Tensor, scale: Tensor, x: Tensor) -> None: ...
 def describe_tensor(tensor: Tensor) -> dict[str, typing.Any]: ...
 def draw(logits: Tensor, states: list[SampleState], num_logprobs: int) -> Drawn: ...
+def gelu_bwd_cpu(grad_y: Tensor, x: Tensor, grad_x: Tensor, approximate: str = "none") -> None: ...
+def gelu_fwd_cpu(x: Tensor, y: Tensor, approximate: str = "none") -> None: ...
 def gguf_dequantize(
     type: str, data: bytes | bytearray | memoryview, num_elements: int
 ) -> numpy.typing.NDArray[numpy.float32]:
@@ -311,6 +320,28 @@ def kv_append_cpu(
     position: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+) -> None: ...
+def layer_norm_bwd_cpu(
+    grad_y: Tensor,
+    grad_h_in: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_h: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+) -> None: ...
+def layer_norm_fwd_cpu(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    eps: float,
 ) -> None: ...
 def linear_cross_entropy_bwd_cpu(
     grad_nll: Tensor,
@@ -369,7 +400,7 @@ def rms_norm_fwd_cpu(
     weight_offset: float,
 ) -> None: ...
 def rope_cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, y: Tensor, inverse: bool = False) -> None: ...
-def rope_table(inv_freq: Tensor, cos_out: Tensor, sin_out: Tensor) -> None: ...
+def rope_table(inv_freq: Tensor, cos_out: Tensor, sin_out: Tensor, scale: float = 1.0) -> None: ...
 def row_lse_cpu(logits: Tensor) -> float: ...
 def sample_cpu(
     logits: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ import numpy.typing as npt
 from pyengine.errors import ArgumentError
 
 MAX_POSITIONS = 1 << 28
+
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class LinearScaling:
     def __post_init__(self) -> None:
         check_float(self, "rope.scaling.factor", "factor", low=1.0, high=1e6)
 
-    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def scale(self, inv_freq: FloatArray, theta: float, context_length: int) -> FloatArray:
         return inv_freq / self.factor
 
 
@@ -49,7 +51,7 @@ class Llama3Scaling:
                 f"got {self.high_freq_factor}"
             )
 
-    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def scale(self, inv_freq: FloatArray, theta: float, context_length: int) -> FloatArray:
         # How many periods of each frequency fit into the context that the model was pretrained on.
         num_periods = self.original_max_position_embeddings * inv_freq / (2.0 * math.pi)
         blend = (num_periods - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -64,20 +66,110 @@ class FactorScaling:
     factors: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.factors, tuple):
-            raise ArgumentError(f"rope.scaling.factors: expected a tuple, got {type(self.factors).__name__}")
-        for index, factor in enumerate(self.factors):
-            if not isinstance(factor, float) or not 1e-6 <= factor <= 1e6:
-                raise ArgumentError(
-                    f"rope.scaling.factors[{index}]: expected a float in [1e-06, 1e+06], got {factor!r}"
-                )
+        _check_factors("rope.scaling.factors", self.factors)
 
-    def scale(self, inv_freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def scale(self, inv_freq: FloatArray, theta: float, context_length: int) -> FloatArray:
         return inv_freq / np.asarray(self.factors, dtype=np.float64)
 
 
-RopeScaling = LinearScaling | Llama3Scaling | FactorScaling
-_SCALINGS: dict[str, type[RopeScaling]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "factors": FactorScaling}
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """Frequencies below `beta_slow` turns in the original context divided by `factor`, those above `beta_fast` kept, a
+    blend that is linear in the index of the pair between; cos and sin times `attention_factor`. Peng et al. 2023,
+    arXiv:2309.00071.
+
+    With `truncate` the blend starts and ends at whole pairs.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        check_float(self, "rope.scaling.factor", "factor", low=1.0, high=1e6)
+        for attribute in ("attention_factor", "beta_fast", "beta_slow"):
+            check_float(self, f"rope.scaling.{attribute}", attribute, low=1e-6, high=1e6)
+        name = "rope.scaling.original_max_position_embeddings"
+        check_int(self, name, "original_max_position_embeddings", low=1, high=MAX_POSITIONS)
+        if self.beta_fast < self.beta_slow:
+            raise ArgumentError(
+                f"rope.scaling.beta_fast: expected at least beta_slow = {self.beta_slow}, got {self.beta_fast}"
+            )
+        if type(self.truncate) is not bool:
+            raise ArgumentError(f"rope.scaling.truncate: expected a bool, got {self.truncate!r:.80}")
+
+    def scale(self, inv_freq: FloatArray, theta: float, context_length: int) -> FloatArray:
+        num_pairs = len(inv_freq)
+
+        def pair_that_turns(num_turns: float) -> float:
+            ratio = self.original_max_position_embeddings / (num_turns * 2.0 * math.pi)
+            return num_pairs * math.log(ratio) / math.log(theta)
+
+        first, last = pair_that_turns(self.beta_fast), pair_that_turns(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0.0), min(last, 2.0 * num_pairs - 1.0)
+        width = last - first if last != first else 0.001
+        blend = np.clip((np.arange(num_pairs, dtype=np.float64) - first) / width, 0.0, 1.0)
+        return inv_freq * (1.0 - blend + blend / self.factor)
+
+
+def yarn_attention_factor(factor: float, multiplier: float = 1.0) -> float:
+    """What YaRN multiplies cos and sin by unless a model says otherwise."""
+    return 1.0 if factor <= 1.0 else 0.1 * multiplier * math.log(factor) + 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """One divisor per frequency, from one of two lists; cos and sin times `attention_factor`. Ding et al. 2024,
+    arXiv:2402.13753.
+
+    The long list serves where the context that a model is loaded for is longer than the original one: never the length
+    of a sequence, whose first tokens would change with its last.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float
+
+    def __post_init__(self) -> None:
+        _check_factors("rope.scaling.short_factors", self.short_factors)
+        _check_factors("rope.scaling.long_factors", self.long_factors)
+        if len(self.short_factors) != len(self.long_factors):
+            raise ArgumentError(
+                f"rope.scaling.long_factors: expected {len(self.short_factors)} factors, as many as short_factors, "
+                f"got {len(self.long_factors)}"
+            )
+        check_float(self, "rope.scaling.attention_factor", "attention_factor", low=1e-6, high=1e6)
+        name = "rope.scaling.original_max_position_embeddings"
+        check_int(self, name, "original_max_position_embeddings", low=1, high=MAX_POSITIONS)
+
+    def scale(self, inv_freq: FloatArray, theta: float, context_length: int) -> FloatArray:
+        is_long = context_length > self.original_max_position_embeddings
+        return inv_freq / np.asarray(self.long_factors if is_long else self.short_factors, dtype=np.float64)
+
+
+RopeScaling = LinearScaling | Llama3Scaling | FactorScaling | YarnScaling | LongRopeScaling
+_SCALINGS: dict[str, type[RopeScaling]] = {
+    "linear": LinearScaling,
+    "llama3": Llama3Scaling,
+    "factors": FactorScaling,
+    "yarn": YarnScaling,
+    "longrope": LongRopeScaling,
+}
+
+
+class RopeTable(NamedTuple):
+    """What a rotary table is computed from."""
+
+    inv_freq: FloatArray
+    """Angle per position of each rotary pair: float64 [P], radians."""
+    attention_factor: float
+    """Of cos and sin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +183,20 @@ class RopeSpec:
         check_float(self, "rope.theta", "theta", low=1.0, high=1e12)
         if self.scaling is not None and not isinstance(self.scaling, tuple(_SCALINGS.values())):
             raise ArgumentError(f"rope.scaling: expected None or a scaling dataclass, got {self.scaling!r}")
+        if isinstance(self.scaling, YarnScaling) and self.theta <= 1.0:
+            raise ArgumentError(f"rope.theta: expected more than 1 beside YaRN, got {self.theta}")
+
+    @property
+    def attention_factor(self) -> float:
+        """Of cos and sin."""
+        return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling | LongRopeScaling) else 1.0
+
+    def factor_counts(self) -> dict[str, int]:
+        """Length of each list with a factor per rotary pair, by its name."""
+        if self.scaling is None:
+            return {}
+        values = {field.name: getattr(self.scaling, field.name) for field in fields(self.scaling)}
+        return {name: len(value) for name, value in values.items() if isinstance(value, tuple)}
 
 
 def rope_to_dict(rope: RopeSpec) -> dict[str, Any]:
@@ -105,10 +211,9 @@ def rope_from_dict(values: Any, name: str) -> RopeSpec:
 def _scaling_to_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    if isinstance(scaling, FactorScaling):
-        return {"type": "factors", "factors": list(scaling.factors)}
     name = next(name for name, kind in _SCALINGS.items() if type(scaling) is kind)
-    return {"type": name} | {field.name: getattr(scaling, field.name) for field in fields(scaling)}
+    values = {field.name: getattr(scaling, field.name) for field in fields(scaling)}
+    return {"type": name} | {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _scaling_from_dict(values: Any) -> RopeScaling | None:
@@ -120,8 +225,7 @@ def _scaling_from_dict(values: Any) -> RopeScaling | None:
         raise ArgumentError(f"rope.scaling.type: expected one of {sorted(_SCALINGS)}, got {name!r}")
     kind = _SCALINGS[name]
     arguments = take(values, "rope.scaling", {field.name for field in fields(kind)})
-    if isinstance(arguments.get("factors"), list):
-        arguments["factors"] = tuple(arguments["factors"])
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     return kind(**arguments)
 
 
@@ -139,6 +243,14 @@ def take(values: Mapping[str, Any], name: str, expected: set[str]) -> dict[str, 
     if unknown := sorted(str(key) for key in values.keys() - expected):
         raise ArgumentError(f"{name}: expected only the keys {sorted(expected)}, got {unknown[0]!r:.80}")
     return dict(values)
+
+
+def _check_factors(name: str, factors: Any) -> None:
+    if not isinstance(factors, tuple):
+        raise ArgumentError(f"{name}: expected a tuple, got {type(factors).__name__}")
+    for index, factor in enumerate(factors):
+        if not isinstance(factor, float) or not 1e-6 <= factor <= 1e6:
+            raise ArgumentError(f"{name}[{index}]: expected a float in [1e-06, 1e+06], got {factor!r:.80}")
 
 
 def check_int(owner: object, name: str, attribute: str, *, low: int, high: int) -> None:

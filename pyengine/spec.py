@@ -19,16 +19,34 @@ from pyengine.rope_spec import (
     FactorScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     RopeScaling,
     RopeSpec,
+    RopeTable,
+    YarnScaling,
     check_float,
     check_int,
     rope_from_dict,
     rope_to_dict,
     take,
+    yarn_attention_factor,
 )
 
-__all__ = ["FactorScaling", "LinearScaling", "Llama3Scaling", "ModelSpec", "RopeScaling", "RopeSpec"]
+__all__ = [
+    "MAX_POSITIONS",
+    "FactorScaling",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
+    "ModelSpec",
+    "RopeScaling",
+    "RopeSpec",
+    "RopeTable",
+    "YarnScaling",
+    "yarn_attention_factor",
+]
+
+POSITIONS_NAME = "model.embed_positions.weight"
 
 MAX_VOCAB_SIZE = 1 << 24
 MAX_HIDDEN_SIZE = 1 << 17
@@ -42,6 +60,7 @@ MAX_EOS_TOKENS = 64
 # What a norm does -> its name in a layer, for every placement of the norms.
 NORM_NAMES: dict[str, dict[str, str]] = {
     "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "shared": {"attention_norm": "input_layernorm"},
     "post": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
     "both": {
         "attention_norm": "input_layernorm",
@@ -51,12 +70,15 @@ NORM_NAMES: dict[str, dict[str, str]] = {
     },
 }
 QK_NORMS = (None, "head", "full")
+NORMS = ("rms", "layer")
+# Of an MLP with a gate, and without one.
 GATE_ACTIVATIONS = ("silu", "gelu_tanh")
+PLAIN_ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A decoder with RMS norm, rotary attention with grouped kv heads and a SwiGLU MLP.
+    """A decoder: by default with RMS norm, rotary attention with grouped kv heads and a SwiGLU MLP.
 
     Every field is checked; ArgumentError names the field, what was expected and what came. A field that only some
     families use has a default that computes nothing.
@@ -67,10 +89,14 @@ class ModelSpec:
         local_rope: rotary embedding of the layers that the window bounds, where it is another one.
         qkv_bias, o_bias, mlp_bias: whether q, k and v, the output of attention, and the products of the MLP have one.
         qk_norm: RMS norm of q and k before rotation: of each "head" with one weight [D], or of the "full" width.
+        norm: "rms", or "layer", which subtracts the mean; with norm_bias it adds a vector too.
         norm_placement: "pre": a norm before attention and before the MLP; "post": one after each, before the sum with
-            the residual stream; "both".
+            the residual stream; "both"; "shared": one before both, of parallel blocks.
+        parallel_blocks: whether attention and MLP of a layer start from the same residual stream.
         norm_weight_offset: added to the weight of every norm: 0 or 1.
-        gate_activation: of the gate of the MLP: "silu", or "gelu_tanh", the tanh form of gelu.
+        gated_mlp: whether the MLP is down(activation(gate(x)) * up(x)), or down(activation(up(x))).
+        activation: of the MLP: "silu" (with a gate), "gelu" (without one), or "gelu_tanh", the tanh form of gelu.
+        learned_positions: whether the embedding of a token gets one of its position added.
         rotary_dim: leading elements of a head that turn; None: all of them.
         nope_layers: layers without rotary embedding, ascending.
         embedding_multiplier: of the embedding on its way into the first layer.
@@ -98,9 +124,14 @@ class ModelSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: str | None = None
+    norm: str = "rms"
+    norm_bias: bool = False
     norm_placement: str = "pre"
     norm_weight_offset: float = 0.0
-    gate_activation: str = "silu"
+    parallel_blocks: bool = False
+    gated_mlp: bool = True
+    activation: str = "silu"
+    learned_positions: bool = False
     rotary_dim: int | None = None
     nope_layers: tuple[int, ...] = ()
     embedding_multiplier: float = 1.0
@@ -144,18 +175,20 @@ class ModelSpec:
                 f"got {type(self.local_rope).__name__}"
             )
         for rope in (self.rope, self.local_rope):
-            factors = rope.scaling.factors if rope and isinstance(rope.scaling, FactorScaling) else None
-            if factors is not None and len(factors) != self.num_rotary_pairs:
-                raise ArgumentError(
-                    f"rope.scaling.factors: expected {self.num_rotary_pairs} factors, one per rotary pair, "
-                    f"got {len(factors)}"
-                )
-        for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"):
+            for name, count in rope.factor_counts().items() if rope else ():
+                if count != self.num_rotary_pairs:
+                    raise ArgumentError(
+                        f"rope.scaling.{name}: expected {self.num_rotary_pairs} factors, one per rotary pair, "
+                        f"got {count}"
+                    )
+        for name in _BOOLS:
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: expected a bool, got {getattr(self, name)!r:.80}")
         _check_choice(self, "qk_norm", QK_NORMS)
+        _check_choice(self, "norm", NORMS)
         _check_choice(self, "norm_placement", tuple(NORM_NAMES))
-        _check_choice(self, "gate_activation", GATE_ACTIVATIONS)
+        _check_choice(self, "activation", GATE_ACTIVATIONS if self.gated_mlp else PLAIN_ACTIVATIONS)
+        self._check_norms()
         check_float(self, "norm_weight_offset", "norm_weight_offset", low=0.0, high=1.0)
         for name in ("embedding_multiplier", "residual_multiplier", "attention_scale", "logits_divisor"):
             if name != "attention_scale" or self.attention_scale is not None:
@@ -164,6 +197,8 @@ class ModelSpec:
             raise ArgumentError(f"norm_weight_offset: expected 0 or 1, got {self.norm_weight_offset}")
         if self.norm_weight_offset != 0.0 and self.logits_divisor != 1.0:
             raise ArgumentError(f"logits_divisor: expected 1 beside a norm_weight_offset, got {self.logits_divisor}")
+        if self.norm_bias and self.logits_divisor != 1.0:
+            raise ArgumentError(f"logits_divisor: expected 1 beside a norm_bias, got {self.logits_divisor}")
         if self.sliding_window is not None:
             check_int(self, "sliding_window", "sliding_window", low=1, high=MAX_POSITIONS)
         elif self.full_attention_layers:
@@ -184,6 +219,25 @@ class ModelSpec:
                 raise ArgumentError(
                     f"eos_token_ids[{index}]: expected an int in [0, {self.vocab_size - 1}], got {token_id!r}"
                 )
+
+    def _check_norms(self) -> None:
+        if self.norm == "rms" and self.norm_bias:
+            raise ArgumentError("norm_bias: expected False beside the norm 'rms', got True")
+        if self.norm == "layer":
+            # Nothing computes these together.
+            for name, expected in (("qk_norm", None), ("norm_weight_offset", 0.0)):
+                if getattr(self, name) != expected:
+                    raise ArgumentError(
+                        f"{name}: expected {expected} beside the norm 'layer', got {getattr(self, name)!r}"
+                    )
+        placements: tuple[str, ...] = ("pre", "shared") if self.parallel_blocks else ("pre", "post", "both")
+        if self.norm == "layer":
+            placements = tuple(name for name in placements if name in ("pre", "shared"))
+        if self.norm_placement not in placements:
+            raise ArgumentError(
+                f"norm_placement: expected one of {list(placements)} beside the norm {self.norm!r} and "
+                f"parallel_blocks = {self.parallel_blocks}, got {self.norm_placement!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold. `from_dict` gives back an equal spec."""
@@ -214,10 +268,14 @@ class ModelSpec:
         execution.
         """
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        if self.learned_positions:
+            shapes[POSITIONS_NAME] = (self.max_position_embeddings, self.hidden_size)
         layer_shapes = self._layer_shapes()
         for layer in range(self.num_layers):
             shapes |= {f"model.layers.{layer}.{part}": shape for part, shape in layer_shapes.items()}
         shapes["model.norm.weight"] = (self.hidden_size,)
+        if self.norm_bias:
+            shapes["model.norm.bias"] = (self.hidden_size,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
@@ -229,6 +287,8 @@ class ModelSpec:
         def add_norm(role: str) -> None:
             if role in NORM_NAMES[self.norm_placement]:
                 shapes[NORM_NAMES[self.norm_placement][role] + ".weight"] = (self.hidden_size,)
+                if self.norm_bias:
+                    shapes[NORM_NAMES[self.norm_placement][role] + ".bias"] = (self.hidden_size,)
 
         def add_linear(name: str, num_outputs: int, num_inputs: int, has_bias: bool) -> None:
             shapes[name + ".weight"] = (num_outputs, num_inputs)
@@ -245,11 +305,16 @@ class ModelSpec:
         add_linear("self_attn.o_proj", self.hidden_size, q_size, self.o_bias)
         add_norm("attention_post_norm")
         add_norm("mlp_norm")
-        add_linear("mlp.gate_proj", self.intermediate_size, self.hidden_size, self.mlp_bias)
+        if self.gated_mlp:
+            add_linear("mlp.gate_proj", self.intermediate_size, self.hidden_size, self.mlp_bias)
         add_linear("mlp.up_proj", self.intermediate_size, self.hidden_size, self.mlp_bias)
         add_linear("mlp.down_proj", self.hidden_size, self.intermediate_size, self.mlp_bias)
         add_norm("mlp_post_norm")
         return shapes
+
+    def matrix_names(self) -> list[str]:
+        """The weights that may be in blocks: those of products, and the embedding."""
+        return [name for name, shape in self.tensor_shapes().items() if len(shape) == 2 and name != POSITIONS_NAME]
 
     def num_parameters(self) -> int:
         """Number of trainable values; a tied embedding counts once."""
@@ -277,10 +342,10 @@ class ModelSpec:
         """Which of `rope_tables` the layer turns by."""
         return int(self.local_rope is not None and self.window_of(layer) is not None)
 
-    def rope_tables(self) -> list[npt.NDArray[np.float64]]:
-        """Angle per position of each rotary pair, for each table: float64 [P], radians."""
+    def rope_tables(self, context_length: int | None = None) -> list[RopeTable]:
+        """The rotary tables. `context_length`, by default max_position_embeddings, chooses the factors of LongRoPE."""
         ropes = (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
-        return [self._inv_freq(rope) for rope in ropes]
+        return [RopeTable(self._inv_freq(rope, context_length), rope.attention_factor) for rope in ropes]
 
     def base_inv_freq(self) -> npt.NDArray[np.float64]:
         """Angle per position of each rotary pair, before scaling: float64 [P], radians."""
@@ -290,11 +355,23 @@ class ModelSpec:
         """Angle per position of each rotary pair, after scaling: float64 [P], radians."""
         return self._inv_freq(self.rope)
 
-    def _inv_freq(self, rope: RopeSpec) -> npt.NDArray[np.float64]:
+    def _inv_freq(self, rope: RopeSpec, context_length: int | None = None) -> npt.NDArray[np.float64]:
         inv_freq = np.power(rope.theta, -np.arange(self.num_rotary_pairs, dtype=np.float64) / self.num_rotary_pairs)
-        return inv_freq if rope.scaling is None else rope.scaling.scale(inv_freq)
+        if rope.scaling is None:
+            return inv_freq
+        return rope.scaling.scale(inv_freq, rope.theta, context_length or self.max_position_embeddings)
 
 
+_BOOLS = (
+    "tie_word_embeddings",
+    "qkv_bias",
+    "o_bias",
+    "mlp_bias",
+    "norm_bias",
+    "parallel_blocks",
+    "gated_mlp",
+    "learned_positions",
+)
 _TUPLES = ("eos_token_ids", "full_attention_layers", "nope_layers")
 
 

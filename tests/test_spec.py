@@ -85,7 +85,13 @@ def test_is_frozen_and_hashable() -> None:
         ("norm_placement", "after"),
         ("local_rope", RopeSpec(theta=1e4)),  # without a window
         ("norm_weight_offset", 0.5),
-        ("gate_activation", "gelu"),
+        ("activation", "gelu"),  # with a gate
+        ("gated_mlp", 1),
+        ("norm", "batch"),
+        ("norm_bias", True),  # of an RMS norm
+        ("norm_placement", "shared"),  # of blocks that are not parallel
+        ("parallel_blocks", None),
+        ("learned_positions", "yes"),
         ("rotary_dim", 0),
         ("rotary_dim", 7),
         ("rotary_dim", 18),
@@ -163,7 +169,7 @@ def test_dict_round_trip_is_exact(
 def test_dict_round_trip_of_what_few_families_have() -> None:
     spec = make_spec(
         sliding_window=7, full_attention_layers=(1,), nope_layers=(0, 2), qkv_bias=True, o_bias=True, mlp_bias=True,
-        qk_norm="head", norm_placement="both", gate_activation="gelu_tanh", rotary_dim=6,
+        qk_norm="head", norm_placement="both", activation="gelu_tanh", rotary_dim=6,
         local_rope=RopeSpec(theta=5e3, scaling=LinearScaling(factor=2.0)), embedding_multiplier=12.0,
         residual_multiplier=0.22, attention_scale=0.1, logits_divisor=8.0,
     )  # fmt: skip
@@ -171,10 +177,43 @@ def test_dict_round_trip_of_what_few_families_have() -> None:
     assert [spec.window_of(layer) for layer in range(3)] == [7, None, 7]
     assert [spec.has_rope(layer) for layer in range(3)] == [False, True, False]
     assert [spec.rope_table_of(layer) for layer in range(3)] == [1, 0, 1]
-    assert [len(table) for table in spec.rope_tables()] == [3, 3]
+    assert [len(table.inv_freq) for table in spec.rope_tables()] == [3, 3]
     assert replace(spec, logits_divisor=1.0, norm_weight_offset=1).norm_weight_offset == 1.0
     with pytest.raises(ArgumentError, match=r"^logits_divisor: expected 1 beside a norm_weight_offset"):
         replace(spec, norm_weight_offset=1.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("qk_norm", {"norm": "layer", "qk_norm": "head"}),
+        ("norm_weight_offset", {"norm": "layer", "norm_weight_offset": 1.0}),
+        ("norm_placement", {"norm": "layer", "norm_placement": "both"}),
+        ("logits_divisor", {"norm": "layer", "norm_bias": True, "logits_divisor": 2.0}),
+        ("norm_placement", {"parallel_blocks": True, "norm_placement": "post"}),
+        ("activation", {"gated_mlp": False}),
+    ],
+)
+def test_fields_that_nothing_computes_together(field: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=rf"^{field}: expected .*, got"):
+        make_spec(**values)
+
+
+def test_tensors_of_what_few_families_have() -> None:
+    plain = make_spec(
+        norm="layer", norm_bias=True, norm_placement="shared", parallel_blocks=True, gated_mlp=False,
+        activation="gelu", learned_positions=True,
+    )  # fmt: skip
+    shapes = plain.tensor_shapes()
+    assert shapes["model.embed_positions.weight"] == (plain.max_position_embeddings, plain.hidden_size)
+    assert {name for name in shapes if "norm" in name and ".1." in name} == {
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.1.input_layernorm.bias",
+    }
+    assert "model.norm.bias" in shapes
+    assert not any("gate_proj" in name for name in shapes)
+    assert "model.embed_positions.weight" not in plain.matrix_names()
+    assert ModelSpec.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
 
 
 def test_from_dict_rejects_missing_and_unknown_keys() -> None:
@@ -183,8 +222,8 @@ def test_from_dict_rejects_missing_and_unknown_keys() -> None:
         ModelSpec.from_dict(values | {"extra": 1})
     with pytest.raises(ArgumentError, match="'rope'"):
         ModelSpec.from_dict({key: value for key, value in values.items() if key != "rope"})
-    with pytest.raises(ArgumentError, match=r"rope\.scaling\.type.*'yarn'"):
-        ModelSpec.from_dict(values | {"rope": {"theta": 1e4, "scaling": {"type": "yarn"}}})
+    with pytest.raises(ArgumentError, match=r"rope\.scaling\.type.*'dynamic'"):
+        ModelSpec.from_dict(values | {"rope": {"theta": 1e4, "scaling": {"type": "dynamic"}}})
 
 
 @pytest.mark.parametrize("tied", [True, False])

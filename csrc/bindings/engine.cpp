@@ -40,20 +40,27 @@ QkNorm parse_qk_norm(const std::optional<std::string>& kind) {
 }
 
 struct NormPlacement {
-  bool pre, post;
+  bool before_attention, before_mlp, after;
 };
 
 NormPlacement parse_norm_placement(const std::string& placement) {
-  if (placement == "pre") return {true, false};
-  if (placement == "post") return {false, true};
-  if (placement == "both") return {true, true};
-  throw ArgumentError("norm_placement: expected 'pre', 'post' or 'both', got '" + placement + "'");
+  if (placement == "pre") return {true, true, false};
+  if (placement == "shared") return {true, false, false};
+  if (placement == "post") return {false, false, true};
+  if (placement == "both") return {true, true, true};
+  throw ArgumentError("norm_placement: expected 'pre', 'shared', 'post' or 'both', got '" + placement + "'");
 }
 
-GateActivation parse_gate_activation(const std::string& name) {
-  if (name == "silu") return GateActivation::silu;
-  if (name == "gelu_tanh") return GateActivation::gelu_tanh;
-  throw ArgumentError("gate_activation: expected 'silu' or 'gelu_tanh', got '" + name + "'");
+NormKind parse_norm(const std::string& name) {
+  if (name == "rms") return NormKind::rms;
+  if (name == "layer") return NormKind::layer;
+  throw ArgumentError("norm: expected 'rms' or 'layer', got '" + name + "'");
+}
+
+void check_activation(const std::string& name, bool gated) {
+  if (name != "gelu_tanh" && name != (gated ? "silu" : "gelu"))
+    throw ArgumentError(std::string("activation: expected ") + (gated ? "'silu'" : "'gelu'") +
+                        " or 'gelu_tanh', got '" + name + "'");
 }
 
 ProductInput parse_product_input(const std::string& name) {
@@ -69,9 +76,11 @@ std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64
                                   const std::vector<int>& rope_tables, float norm_eps, float norm_weight_offset,
                                   float embedding_multiplier, float residual_multiplier, float attention_scale,
                                   bool tie_word_embeddings, bool qkv_bias, bool o_bias, bool mlp_bias,
-                                  const std::optional<std::string>& qk_norm, const std::string& norm_placement,
-                                  const std::string& gate_activation, const std::string& act_dtype,
-                                  const std::string& product_input, int64_t capacity_bytes) {
+                                  const std::optional<std::string>& qk_norm, const std::string& norm, bool norm_bias,
+                                  const std::string& norm_placement, bool parallel_blocks, bool gated_mlp,
+                                  const std::string& activation, int64_t num_learned_positions,
+                                  const std::string& act_dtype, const std::string& product_input,
+                                  int64_t capacity_bytes) {
   if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0)
     throw ArgumentError("num_heads: expected a multiple of num_kv_heads, got " + std::to_string(num_heads) + " and " +
                         std::to_string(num_kv_heads));
@@ -97,6 +106,17 @@ std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64
     layers.push_back({sliding_windows[i], rope_tables[i]});
   }
   const NormPlacement placement = parse_norm_placement(norm_placement);
+  const NormKind norm_kind = parse_norm(norm);
+  if (norm_kind == NormKind::layer && (placement.after || qk_norm || norm_weight_offset != 0.0f))
+    throw ArgumentError(
+        "norm: expected 'rms' beside norms after a block, a qk_norm or a norm_weight_offset, got 'layer'");
+  if (norm_kind == NormKind::rms && norm_bias) throw ArgumentError("norm_bias: expected False beside 'rms', got True");
+  if (parallel_blocks ? placement.after : placement.before_attention != placement.before_mlp)
+    throw ArgumentError(std::string("norm_placement: expected one for ") + (parallel_blocks ? "parallel" : "serial") +
+                        " blocks, got '" + norm_placement + "'");
+  check_activation(activation, gated_mlp);
+  if (num_learned_positions < 0 || num_learned_positions > (int64_t{1} << 28))
+    throw ArgumentError("num_learned_positions: expected 0 to 2^28, got " + std::to_string(num_learned_positions));
   const ModelConfig config{.vocab_size = positive("vocab_size", vocab_size),
                            .hidden_size = positive("hidden_size", hidden_size),
                            .intermediate_size = positive("intermediate_size", intermediate_size),
@@ -115,10 +135,17 @@ std::shared_ptr<Model> make_model(int64_t vocab_size, int64_t hidden_size, int64
                            .qkv_bias = qkv_bias,
                            .o_bias = o_bias,
                            .mlp_bias = mlp_bias,
-                           .has_pre_norm = placement.pre,
-                           .has_post_norm = placement.post,
+                           .norm = norm_kind,
+                           .norm_bias = norm_bias,
+                           .has_attention_norm = placement.before_attention,
+                           .has_mlp_norm = placement.before_mlp,
+                           .has_post_norm = placement.after,
+                           .parallel_blocks = parallel_blocks,
                            .qk_norm = parse_qk_norm(qk_norm),
-                           .gate_activation = parse_gate_activation(gate_activation),
+                           .gated_mlp = gated_mlp,
+                           .gate_activation = activation == "silu" ? GateActivation::silu : GateActivation::gelu_tanh,
+                           .plain_activation = activation == "gelu" ? GeluForm::erf : GeluForm::tanh,
+                           .num_learned_positions = num_learned_positions,
                            .act_dtype = parse_float("act_dtype", act_dtype),
                            .product_input = parse_product_input(product_input)};
   return std::make_shared<Model>(config, static_cast<size_t>(positive("capacity_bytes", capacity_bytes)));
@@ -257,13 +284,16 @@ void bind_engine(py::module_& m) {
            py::arg("head_dim"), py::arg("rotary_dim"), py::arg("sliding_windows"), py::arg("rope_tables"),
            py::arg("norm_eps"), py::arg("norm_weight_offset"), py::arg("embedding_multiplier"),
            py::arg("residual_multiplier"), py::arg("attention_scale"), py::arg("tie_word_embeddings"),
-           py::arg("qkv_bias"), py::arg("o_bias"), py::arg("mlp_bias"), py::arg("qk_norm"), py::arg("norm_placement"),
-           py::arg("gate_activation"), py::arg("act_dtype"), py::arg("product_input"), py::arg("capacity_bytes"))
+           py::arg("qkv_bias"), py::arg("o_bias"), py::arg("mlp_bias"), py::arg("qk_norm"), py::arg("norm"),
+           py::arg("norm_bias"), py::arg("norm_placement"), py::arg("parallel_blocks"), py::arg("gated_mlp"),
+           py::arg("activation"), py::arg("num_learned_positions"), py::arg("act_dtype"), py::arg("product_input"),
+           py::arg("capacity_bytes"))
       .def("set_vector", set_vector, py::arg("slot"), py::arg("values"))
       .def("add_matrix", add_matrix, py::arg("slot"), py::arg("format"), py::arg("parts"), py::arg("row_orders"),
            py::arg("num_cols"))
       .def("set_rope", set_rope, py::arg("cos"), py::arg("sin"), py::kw_only(), py::arg("table") = 0)
       .def("check", &Model::check)
+      .def_property_readonly("num_learned_positions", [](const Model& m) { return m.config().num_learned_positions; })
       .def_property_readonly("num_bytes", &Model::num_bytes)
       .def_property_readonly("bytes_per_token", &Model::bytes_per_token);
 

@@ -44,7 +44,7 @@ void rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor&
             .dtype = x.dtype});
 }
 
-void table(const Tensor& inv_freq, const Tensor& cos_out, const Tensor& sin_out) {
+void table(const Tensor& inv_freq, const Tensor& cos_out, const Tensor& sin_out, double scale) {
   constexpr Check check{"rope_table"};
   check.dtype(inv_freq, "inv_freq", {DType::f64});
   check.contiguous(check.shape(inv_freq, "inv_freq", {-1}), "inv_freq");
@@ -55,7 +55,8 @@ void table(const Tensor& inv_freq, const Tensor& cos_out, const Tensor& sin_out)
   check.shape(sin_out, "sin_out", {cos_out.shape[0], inv_freq.shape[0]});
   check.writable(check.contiguous(sin_out, "sin_out"), "sin_out");
   const GilRelease release;
-  rope_table(inv_freq.ptr<double>(), inv_freq.shape[0], cos_out.shape[0], cos_out.ptr<float>(), sin_out.ptr<float>());
+  rope_table(inv_freq.ptr<double>(), inv_freq.shape[0], cos_out.shape[0], scale, cos_out.ptr<float>(),
+             sin_out.ptr<float>());
 }
 
 }  // namespace
@@ -63,7 +64,7 @@ void table(const Tensor& inv_freq, const Tensor& cos_out, const Tensor& sin_out)
 void bind_rope(py::module_& m) {
   m.def("rope_cpu", rotate, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("positions"), py::arg("y"),
         py::arg("inverse") = false);
-  m.def("rope_table", table, py::arg("inv_freq"), py::arg("cos_out"), py::arg("sin_out"));
+  m.def("rope_table", table, py::arg("inv_freq"), py::arg("cos_out"), py::arg("sin_out"), py::arg("scale") = 1.0);
 }
 
 }  // namespace pe

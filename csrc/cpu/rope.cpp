@@ -35,13 +35,14 @@ void rope_cpu(const Rope& args) {
                [&](int64_t begin, int64_t end) { isa.rotate(args, begin, end); });
 }
 
-void rope_table(const double* inv_freq, int64_t num_freqs, int64_t num_positions, float* cos_out, float* sin_out) {
+void rope_table(const double* inv_freq, int64_t num_freqs, int64_t num_positions, double scale, float* cos_out,
+                float* sin_out) {
   parallel_for(num_positions, 1 + kAnglesPerTask / std::max<int64_t>(num_freqs, 1), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       for (int64_t i = 0; i < num_freqs; ++i) {
         const double angle = static_cast<double>(p) * inv_freq[i];
-        cos_out[p * num_freqs + i] = static_cast<float>(std::cos(angle));
-        sin_out[p * num_freqs + i] = static_cast<float>(std::sin(angle));
+        cos_out[p * num_freqs + i] = static_cast<float>(scale * std::cos(angle));
+        sin_out[p * num_freqs + i] = static_cast<float>(scale * std::sin(angle));
       }
     }
   });

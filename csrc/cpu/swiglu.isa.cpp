@@ -2,6 +2,7 @@
 #include "pe/swiglu.h"
 
 #include "simd/for_each_vec.h"
+#include "simd/gelu.h"
 
 namespace pe::PE_ISA {
 namespace {
@@ -18,19 +19,7 @@ struct Logit<GateActivation::silu> {
 };
 
 template <>
-struct Logit<GateActivation::gelu_tanh> {
-  static constexpr float kLinear = 1.5957691216057308f;  // sqrt(8 / pi)
-  static constexpr float kCubic = 0.07135481282991068f;  // 0.044715 * sqrt(8 / pi)
-  // Far past where the sigmoid is 0 or 1, and far below where a cube overflows. A NaN, as second operand, passes.
-  static VecF clamped(VecF g) { return max(set1(-64.0f), min(set1(64.0f), g)); }
-  static VecF value(VecF g) {
-    const VecF c = clamped(g);
-    return mul(c, fma(mul(c, c), set1(kCubic), set1(kLinear)));
-  }
-  static VecF times_derivative(VecF g) {
-    const VecF c = clamped(g);
-    return mul(c, fma(mul(c, c), set1(3.0f * kCubic), set1(kLinear)));
-  }
+struct Logit<GateActivation::gelu_tanh> : GeluTanhLogit {
   // dz/dg grows, so 1 - s needs all its bits where s is nearly 1.
   static VecF complement(VecF z, VecF) { return sigmoid(neg(z)); }
 };

@@ -7,10 +7,11 @@
 #include <string>
 #include <unordered_map>
 
+#include "engine/norm_rows.h"
 #include "engine/row_ops.h"
 #include "pe/attention_decode.h"
+#include "pe/gelu.h"
 #include "pe/linear_cross_entropy.h"
-#include "pe/rms_norm.h"
 #include "pe/rope.h"
 #include "pe/swiglu.h"
 #include "runtime/bf16.h"
@@ -45,6 +46,9 @@ int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 uint8_t* at(void* base, int64_t elements, DType dtype) {
   return static_cast<uint8_t*>(base) + elements * bytes_of(dtype);
 }
+const uint8_t* at(const void* base, int64_t elements, DType dtype) {
+  return static_cast<const uint8_t*>(base) + elements * bytes_of(dtype);
+}
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -78,8 +82,8 @@ using Widths = std::array<int64_t, 8>;
 
 // Columns of h, y, qkv, attended, delta, gate_up, mlp and last.
 Widths buffer_widths(const ModelConfig& c) {
-  return {c.hidden_size, c.hidden_size,           c.qkv_size(),        c.q_size(),
-          c.hidden_size, 2 * c.intermediate_size, c.intermediate_size, c.hidden_size};
+  return {c.hidden_size, c.hidden_size,    c.qkv_size(),        c.q_size(),
+          c.hidden_size, c.gate_up_size(), c.intermediate_size, c.hidden_size};
 }
 
 int64_t buffer_rows(int64_t max_tokens) { return std::max(max_tokens, kHeadRows); }
@@ -336,9 +340,14 @@ void Decoder::run(const Step& step, Phases::Worker& worker) {
   // Nothing has been multiplied yet, so the workspace is free for rows in f32.
   float* unpacked = reinterpret_cast<float*>(workspace_);
   worker.run(static_cast<int64_t>(step.token_ids.size()), kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
-      embed_row(model_->embed(), step.token_ids[static_cast<size_t>(t)], c.embedding_multiplier,
-                at(h_, t * c.hidden_size, c.act_dtype), c.act_dtype, unpacked + t * c.hidden_size);
+    for (int64_t t = begin; t < end; ++t) {
+      void* row = at(h_, t * c.hidden_size, c.act_dtype);
+      embed_row(model_->embed(), step.token_ids[static_cast<size_t>(t)], c.embedding_multiplier, row, c.act_dtype,
+                unpacked + t * c.hidden_size);
+      if (c.num_learned_positions > 0)
+        add_rows(row, 0, at(model_->positions(), positions_[static_cast<size_t>(t)] * c.hidden_size, c.act_dtype), 0,
+                 c.hidden_size, 0, 1, c.act_dtype);
+    }
   });
   mark(worker, PhaseKind::embed);
   layers(step, worker);
@@ -518,7 +527,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
   struct Leaving {
     const void *bias, *post_norm;
   };
-  const auto enter = [&](const Leaving* before, const void* weight, const Linear& next) -> const void* {
+  const auto enter = [&](const Leaving* before, const void* weight, const void* norm_bias,
+                         const Linear& next) -> const void* {
     const RmsNormFwd args{.x = before ? delta_ : h_,
                           .residual = before ? h_ : nullptr,
                           .weight = weight,
@@ -538,7 +548,7 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
       if (before) settle(before->bias, before->post_norm, begin, end);
       if (weight)
-        rms_norm_isa().fwd(args, begin, end);
+        norm_rows(c.norm, args, norm_bias, begin, end);
       else if (before)
         add_rows(h_, c.hidden_size, delta_, c.hidden_size, c.hidden_size, begin, end, act);
       prepare(next, input, c.hidden_size, begin, end, num_tokens);
@@ -547,11 +557,38 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
     return input;
   };
 
+  // The same between blocks that are parallel: the next one starts from h as it was, or from what attention started from.
+  const auto join = [&](const Leaving& before, const LayerWeights& layer) -> const void* {
+    const RmsNormFwd args{.x = h_,
+                          .residual = nullptr,
+                          .weight = layer.mlp_norm,
+                          .h = nullptr,
+                          .y = y_,
+                          .rstd = nullptr,
+                          .num_rows = num_tokens,
+                          .num_cols = c.hidden_size,
+                          .x_row_stride = c.hidden_size,
+                          .residual_row_stride = 0,
+                          .h_row_stride = 0,
+                          .y_row_stride = c.hidden_size,
+                          .eps = c.norm_eps,
+                          .weight_offset = c.norm_weight_offset,
+                          .dtype = act};
+    worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+      if (layer.mlp_norm) norm_rows(c.norm, args, layer.mlp_norm_bias, begin, end);
+      settle(before.bias, before.post_norm, begin, end);
+      add_rows(h_, c.hidden_size, delta_, c.hidden_size, c.hidden_size, begin, end, act);
+      prepare(layer.gate_up, y_, c.hidden_size, begin, end, num_tokens);
+    });
+    mark(worker, PhaseKind::norm);
+    return y_;
+  };
+
   Leaving before{};
   for (int64_t i = 0; i < c.num_layers; ++i) {
     const LayerWeights& layer = model_->layer(i);
     const LayerConfig& layer_config = c.layers[static_cast<size_t>(i)];
-    const void* x = enter(i > 0 ? &before : nullptr, layer.attention_norm, layer.qkv);
+    const void* x = enter(i > 0 ? &before : nullptr, layer.attention_norm, layer.attention_norm_bias, layer.qkv);
     linear(worker, layer.qkv, x, c.hidden_size, qkv_, qkv, num_tokens, act);
     mark(worker, PhaseKind::qkv);
     adapt(worker, i, AdapterSlot::qkv);
@@ -615,8 +652,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
     adapt(worker, i, AdapterSlot::o);
 
     before = {layer.o_bias, layer.attention_post_norm};
-    x = enter(&before, layer.mlp_norm, layer.gate_up);
-    linear(worker, layer.gate_up, x, c.hidden_size, gate_up_, 2 * c.intermediate_size, num_tokens, act);
+    x = c.parallel_blocks ? join(before, layer) : enter(&before, layer.mlp_norm, layer.mlp_norm_bias, layer.gate_up);
+    linear(worker, layer.gate_up, x, c.hidden_size, gate_up_, c.gate_up_size(), num_tokens, act);
     mark(worker, PhaseKind::gate_up);
     adapt(worker, i, AdapterSlot::gate_up);
 
@@ -630,10 +667,21 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
                            .y_row_stride = c.intermediate_size,
                            .activation = c.gate_activation,
                            .dtype = act};
+    const GeluFwd gelu{.x = gate_up_,
+                       .y = mlp_,
+                       .num_rows = num_tokens,
+                       .num_cols = c.intermediate_size,
+                       .x_row_stride = c.intermediate_size,
+                       .y_row_stride = c.intermediate_size,
+                       .form = c.plain_activation,
+                       .dtype = act};
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
       if (layer.gate_up_bias)
-        add_rows(gate_up_, 2 * c.intermediate_size, layer.gate_up_bias, 0, 2 * c.intermediate_size, begin, end, act);
-      swiglu_isa().fwd(swiglu, begin, end);
+        add_rows(gate_up_, c.gate_up_size(), layer.gate_up_bias, 0, c.gate_up_size(), begin, end, act);
+      if (c.gated_mlp)
+        swiglu_isa().fwd(swiglu, begin, end);
+      else
+        gelu_isa().fwd(gelu, begin, end);
       prepare(layer.down, mlp_, c.intermediate_size, begin, end, num_tokens);
     });
     mark(worker, PhaseKind::swiglu);
@@ -653,22 +701,23 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
 void Decoder::last_norm(int32_t row, int64_t r) const {
   const ModelConfig& c = model_->config();
   // h is left as it is: a row may be asked for twice.
-  rms_norm_isa().fwd({.x = at(delta_, row * c.hidden_size, c.act_dtype),
-                      .residual = at(h_, row * c.hidden_size, c.act_dtype),
-                      .weight = model_->norm(),
-                      .h = at(last_, r * c.hidden_size, c.act_dtype),
-                      .y = at(y_, r * c.hidden_size, c.act_dtype),
-                      .rstd = nullptr,
-                      .num_rows = 1,
-                      .num_cols = c.hidden_size,
-                      .x_row_stride = 0,
-                      .residual_row_stride = 0,
-                      .h_row_stride = 0,
-                      .y_row_stride = 0,
-                      .eps = c.norm_eps,
-                      .weight_offset = c.norm_weight_offset,
-                      .dtype = c.act_dtype},
-                     0, 1);
+  norm_rows(c.norm,
+            {.x = at(delta_, row * c.hidden_size, c.act_dtype),
+             .residual = at(h_, row * c.hidden_size, c.act_dtype),
+             .weight = model_->norm(),
+             .h = at(last_, r * c.hidden_size, c.act_dtype),
+             .y = at(y_, r * c.hidden_size, c.act_dtype),
+             .rstd = nullptr,
+             .num_rows = 1,
+             .num_cols = c.hidden_size,
+             .x_row_stride = 0,
+             .residual_row_stride = 0,
+             .h_row_stride = 0,
+             .y_row_stride = 0,
+             .eps = c.norm_eps,
+             .weight_offset = c.norm_weight_offset,
+             .dtype = c.act_dtype},
+            model_->norm_bias(), 0, 1);
 }
 
 void Decoder::hidden(const Step& step, Phases::Worker& worker) {

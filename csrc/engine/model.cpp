@@ -46,19 +46,22 @@ struct LayerVector {
   int64_t size;  // 0: this model has no such vector
 };
 
-std::array<LayerVector, 10> layer_vectors(const ModelConfig& c) {
+std::array<LayerVector, 12> layer_vectors(const ModelConfig& c) {
   const auto when = [](bool present, int64_t size) { return present ? size : 0; };
   const bool full = c.qk_norm == QkNorm::full;
   const bool qk = c.qk_norm != QkNorm::none;
-  return {{{"attention_norm", &LayerWeights::attention_norm, when(c.has_pre_norm, c.hidden_size)},
+  return {{{"attention_norm", &LayerWeights::attention_norm, when(c.has_attention_norm, c.hidden_size)},
+           {"attention_norm_bias", &LayerWeights::attention_norm_bias,
+            when(c.has_attention_norm && c.norm_bias, c.hidden_size)},
            {"attention_post_norm", &LayerWeights::attention_post_norm, when(c.has_post_norm, c.hidden_size)},
-           {"mlp_norm", &LayerWeights::mlp_norm, when(c.has_pre_norm, c.hidden_size)},
+           {"mlp_norm", &LayerWeights::mlp_norm, when(c.has_mlp_norm, c.hidden_size)},
+           {"mlp_norm_bias", &LayerWeights::mlp_norm_bias, when(c.has_mlp_norm && c.norm_bias, c.hidden_size)},
            {"mlp_post_norm", &LayerWeights::mlp_post_norm, when(c.has_post_norm, c.hidden_size)},
            {"q_norm", &LayerWeights::q_norm, when(qk, full ? c.q_size() : c.head_dim)},
            {"k_norm", &LayerWeights::k_norm, when(qk, full ? c.kv_size() : c.head_dim)},
            {"qkv_bias", &LayerWeights::qkv_bias, when(c.qkv_bias, c.qkv_size())},
            {"o_bias", &LayerWeights::o_bias, when(c.o_bias, c.hidden_size)},
-           {"gate_up_bias", &LayerWeights::gate_up_bias, when(c.mlp_bias, 2 * c.intermediate_size)},
+           {"gate_up_bias", &LayerWeights::gate_up_bias, when(c.mlp_bias, c.gate_up_size())},
            {"down_bias", &LayerWeights::down_bias, when(c.mlp_bias, c.hidden_size)}}};
 }
 
@@ -109,7 +112,10 @@ Model::Model(const ModelConfig& config, size_t capacity_bytes)
     : config_(config), arena_(capacity_bytes, "model weights"), layers_(static_cast<size_t>(config.num_layers)) {}
 
 Model::VectorSlot Model::vector_slot(const std::string& slot) const {
-  if (slot == "norm") return {nullptr, 0, config_.hidden_size};
+  if (slot == "norm") return {nullptr, 0, config_.hidden_size, &Model::norm_};
+  if (slot == "norm_bias" && config_.norm_bias) return {nullptr, 0, config_.hidden_size, &Model::norm_bias_};
+  if (slot == "positions" && config_.num_learned_positions > 0)
+    return {nullptr, 0, config_.num_learned_positions * config_.hidden_size, &Model::positions_};
   size_t i = 0;
   const std::string part = layer_part(slot, config_.num_layers, &i);
   for (const LayerVector& vector : layer_vectors(config_))
@@ -139,7 +145,7 @@ void Model::set_vector(const std::string& slot, const void* values) {
   if (target.member)
     layers_[target.layer].*target.member = copy;
   else
-    norm_ = copy;
+    this->*target.own = copy;
 }
 
 void Model::add_matrix(const std::string& slot, WeightFormat format, std::span<const uint8_t* const> rows,
@@ -212,11 +218,16 @@ void Model::check() const {
         throw ArgumentError(prefix + vector.name + ": expected values, got none");
     expect(prefix + "qkv", layer.qkv, c.qkv_size(), c.hidden_size);
     expect(prefix + "o", layer.o, c.hidden_size, c.q_size());
-    expect(prefix + "gate_up", layer.gate_up, 2 * c.intermediate_size, c.hidden_size);
+    expect(prefix + "gate_up", layer.gate_up, c.gate_up_size(), c.hidden_size);
     expect(prefix + "down", layer.down, c.hidden_size, c.intermediate_size);
   }
   if (!norm_) throw ArgumentError("norm: expected values, got none");
+  if (c.norm_bias && !norm_bias_) throw ArgumentError("norm_bias: expected values, got none");
+  if (c.num_learned_positions > 0 && !positions_) throw ArgumentError("positions: expected values, got none");
   if (num_positions_ == 0) throw ArgumentError("rope: expected tables, got none");
+  if (c.num_learned_positions > 0 && c.num_learned_positions < num_positions_)
+    throw ArgumentError("num_learned_positions: expected at least " + std::to_string(num_positions_) +
+                        ", the positions of the rotary tables, got " + std::to_string(c.num_learned_positions));
   for (const LayerConfig& layer : c.layers)
     if (layer.rope_table >= 0 && !rope_[layer.rope_table].cos)
       throw ArgumentError("rope: expected table " + std::to_string(layer.rope_table) + ", got none");

@@ -7,6 +7,7 @@
 
 #include "pe/block_weights.h"
 #include "pe/dtype.h"
+#include "pe/gelu.h"
 #include "pe/swiglu.h"
 #include "runtime/arena.h"
 
@@ -47,6 +48,8 @@ enum class ProductInput : uint8_t { unrounded, bf16, int8 };
 // RMS norm of q and k before rotation: of each head, or of all heads together.
 enum class QkNorm : uint8_t { none, head, full };
 
+enum class NormKind : uint8_t { rms, layer };
+
 constexpr int kNumRopeTables = 2;
 
 struct LayerConfig {
@@ -62,22 +65,30 @@ struct ModelConfig {
   float embedding_multiplier, residual_multiplier, attention_scale;
   bool tie_word_embeddings;
   bool qkv_bias, o_bias, mlp_bias;
-  bool has_pre_norm, has_post_norm;  // before, and after, attention and MLP
+  NormKind norm;
+  bool norm_bias;
+  bool has_attention_norm, has_mlp_norm, has_post_norm;  // before attention, before the MLP, after each
+  bool parallel_blocks;  // attention and MLP of a layer start from the same residual stream
   QkNorm qk_norm;
+  bool gated_mlp;  // down(gate_activation(gate) * up), or down(plain_activation(up))
   GateActivation gate_activation;
-  DType act_dtype;             // f32 or bf16: of activations between kernels
-  ProductInput product_input;  // of block formats
+  GeluForm plain_activation;
+  int64_t num_learned_positions;  // 0: none are added to the embedding
+  DType act_dtype;                // f32 or bf16: of activations between kernels
+  ProductInput product_input;     // of block formats
 
   int64_t q_size() const { return num_heads * head_dim; }
   int64_t kv_size() const { return num_kv_heads * head_dim; }
   int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
+  int64_t gate_up_size() const { return gated_mlp ? 2 * intermediate_size : intermediate_size; }
 };
 
-// A vector is nullptr where the model has none.
+// A vector is nullptr where the model has none. Without a gate, gate_up is up alone.
 struct LayerWeights {
   Linear qkv, o, gate_up, down;
   const void *attention_norm = nullptr, *attention_post_norm = nullptr;
   const void *mlp_norm = nullptr, *mlp_post_norm = nullptr;
+  const void *attention_norm_bias = nullptr, *mlp_norm_bias = nullptr;
   const void *q_norm = nullptr, *k_norm = nullptr;
   const void *qkv_bias = nullptr, *o_bias = nullptr, *gate_up_bias = nullptr, *down_bias = nullptr;
 };
@@ -86,7 +97,8 @@ class Model {
  public:
   Model(const ModelConfig& config, size_t capacity_bytes);
 
-  // slot: "norm" or "layers.<i>.<a vector of LayerWeights>"; `values` [vector_size(slot)] of act_dtype, copied.
+  // slot: "norm", "norm_bias", "positions" (of the learned positions, one after the other) or
+  // "layers.<i>.<a vector of LayerWeights>"; `values` [vector_size(slot)] of act_dtype, copied.
   void set_vector(const std::string& slot, const void* values);
   // Throws ArgumentError for a vector that this model does not have.
   int64_t vector_size(const std::string& slot) const;
@@ -101,6 +113,8 @@ class Model {
   const ModelConfig& config() const { return config_; }
   const LayerWeights& layer(int64_t i) const { return layers_[static_cast<size_t>(i)]; }
   const void* norm() const { return norm_; }
+  const void* norm_bias() const { return norm_bias_; }
+  const void* positions() const { return positions_; }  // [num_learned_positions, hidden_size]
   const Linear& embed() const { return embed_; }
   const Linear& head() const { return config_.tie_word_embeddings ? embed_ : head_; }
   const float* rope_cos(int table) const { return rope_[table].cos; }
@@ -112,9 +126,10 @@ class Model {
 
  private:
   struct VectorSlot {
-    const void* LayerWeights::* member;  // nullptr: the last norm
+    const void* LayerWeights::* member;  // nullptr: not of a layer
     size_t layer;
     int64_t size;
+    const void* Model::* own = nullptr;
   };
   VectorSlot vector_slot(const std::string& slot) const;
   Linear* matrix_slot(const std::string& slot);
@@ -122,7 +137,7 @@ class Model {
   ModelConfig config_;
   Arena arena_;
   std::vector<LayerWeights> layers_;
-  const void* norm_ = nullptr;
+  const void *norm_ = nullptr, *norm_bias_ = nullptr, *positions_ = nullptr;
   Linear embed_, head_;
   struct RopeTable {
     const float* cos = nullptr;

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.adapters.config import AdapterConfig
-from pyengine.errors import ArgumentError
+from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.families import family_of, stored_rows
 from pyengine.formats import SafetensorsReader, open_safetensors, write_safetensors
 from pyengine.formats.atomic import atomic_write
@@ -79,7 +79,19 @@ class AdapterWeights:
 
 
 def linear_modules(spec: ModelSpec) -> dict[str, LinearModule]:
-    """The linear layers inside the decoder's layers, by their name in transformers."""
+    """The linear layers inside the decoder's layers, by their name in transformers.
+
+    Raises BackendUnavailable for a family whose files hold them transposed or in another order of rows.
+    """
+    tensors = family_of(spec).folder_tensors(spec)
+    is_plain = spec.gated_mlp and not any(
+        tensor.is_transposed or any(not isinstance(rows, slice) for rows in tensor.weights.values())
+        for tensor in tensors.values()
+    )
+    if not is_plain:
+        raise BackendUnavailable(
+            f"adapter: expected a model whose layers are those of its file, got one of {spec.family}"
+        )
     shapes = spec.tensor_shapes()
     parts: dict[str, list[str]] = {}
     for weight, place in stored_rows(spec, family_of(spec).folder_tensor_names(spec)).items():

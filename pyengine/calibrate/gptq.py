@@ -156,4 +156,5 @@ def _embed(model: CausalLM, batch: list[Sequence[int]]) -> tuple[Tensor, Tensor 
     ids = torch.tensor([token for sequence in batch for token in sequence])
     model.check_ids("calibration", ids)
     offsets = torch.tensor([0, *np.cumsum([len(sequence) for sequence in batch])], dtype=torch.int32)
-    return model.model.embed(ids), None, model.packed_positions(ids, segment_offsets=offsets)
+    packed = model.packed_positions(ids, segment_offsets=offsets)
+    return model.model.embed(ids, packed), None, packed

@@ -11,17 +11,37 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError
-from pyengine.families import gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, smollm3
+from pyengine.families import (
+    cohere,
+    cohere2,
+    falcon,
+    gemma,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from pyengine.families.family import Family
+from pyengine.families.gguf_keys import ROPE_TENSORS
 from pyengine.families.rows import permute_rows, unpermute_rows
-from pyengine.families.stacking import StoredRows, stacked_weights, stored_rows, stored_shapes
+from pyengine.families.stacking import StoredRows, StoredTensor, stacked_weights, stored_rows, stored_shapes
 from pyengine.jsonfile import file_error, read_json_object
 from pyengine.spec import ModelSpec
 
 __all__ = [
     "FAMILIES",
+    "ROPE_TENSORS",
     "Family",
     "StoredRows",
+    "StoredTensor",
     "config_from_spec",
     "family_of",
     "gguf_metadata_from_spec",
@@ -38,7 +58,25 @@ __all__ = [
 ]
 
 FAMILIES: tuple[Family, ...] = tuple(
-    module.FAMILY for module in (llama, qwen2, qwen3, smollm3, granite, phi3, olmo2, gemma3)
+    module.FAMILY
+    for module in (
+        llama,
+        qwen2,
+        qwen3,
+        smollm3,
+        granite,
+        phi3,
+        olmo2,
+        gemma,
+        gemma3,
+        gpt2,
+        starcoder2,
+        gpt_neox,
+        stablelm,
+        falcon,
+        cohere,
+        cohere2,
+    )
 )
 
 MAX_CONFIG_BYTES = 4 << 20
@@ -63,13 +101,13 @@ def spec_from_gguf(
     metadata: Mapping[str, Any],
     tensor_names: Collection[str],
     *,
-    rope_freqs: npt.NDArray[np.floating[Any]] | None = None,
+    rope_factors: Mapping[str, npt.NDArray[np.floating[Any]]] | None = None,
 ) -> ModelSpec:
-    """The spec of a GGUF file: its metadata, the names of its tensors, and its rope_freqs.weight if it has one."""
+    """The spec of a GGUF file: its metadata, the names of its tensors, and those of `ROPE_TENSORS` that it has."""
     architecture = metadata.get("general.architecture")
     for family in FAMILIES:
         if architecture == family.gguf_architecture:
-            return family.spec_from_gguf(metadata, tensor_names, rope_freqs)
+            return family.spec_from_gguf(metadata, tensor_names, rope_factors or {})
     known = sorted(family.gguf_architecture for family in FAMILIES)
     raise ArgumentError(f"general.architecture: expected one of {known}, got {architecture!r:.80}")
 

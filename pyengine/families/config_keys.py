@@ -38,6 +38,9 @@ _NEUTRAL: dict[str, Any] = {
     "add_cross_attention": False,
     "quantization_config": None,
     "auto_map": None,
+    "alibi": False,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
 }
 _TYPES = ("full_attention", "sliding_attention")
 
@@ -104,6 +107,18 @@ def sizes_to_config(spec: ModelSpec) -> dict[str, Any]:
         "eos_token_id": eos,
         "pad_token_id": spec.pad_token_id,
     }
+
+
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def plain_activation(config: Mapping[str, Any], key: str, default: str) -> str:
+    """`ModelSpec.activation` of an MLP without a gate."""
+    name = config.get(key)
+    name = default if name is None else name
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise ArgumentError(f"{key}: expected one of {sorted(_ACTIVATIONS)}, got {name!r:.80}")
+    return _ACTIVATIONS[name]
 
 
 def windows_from_config(config: Mapping[str, Any], window: int | None, default_types: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A family is mostly a table. What a table cannot say is in four methods, which a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
@@ -18,7 +19,8 @@ from pyengine.families import config_keys, gguf_keys
 from pyengine.families.fields import get_bool, get_float, get_optional_int
 from pyengine.families.rope_config import partial_rotary_factor, rope_from_config, rope_to_config
 from pyengine.families.rows import unpermute_rows
-from pyengine.spec import ModelSpec, RopeSpec
+from pyengine.families.stacking import StoredTensor, stacked_weights, stored_rows, stored_shapes
+from pyengine.spec import LongRopeScaling, ModelSpec, RopeSpec
 
 _ROTATED = tuple(f".self_attn.{part}_proj.{kind}" for part in "qk" for kind in ("weight", "bias"))
 
@@ -39,6 +41,19 @@ ATTENTION_BIAS = Option(fields=("qkv_bias", "o_bias"), config_key="attention_bia
 MLP_BIAS = Option(fields=("mlp_bias",), config_key="mlp_bias", default=False)
 
 
+def _same_angles(spec: ModelSpec, back: ModelSpec) -> bool:
+    lengths = [spec.max_position_embeddings]
+    if isinstance(spec.rope.scaling, LongRopeScaling):
+        lengths.append(spec.rope.scaling.original_max_position_embeddings)
+    for length in lengths:
+        table, other = spec.rope_tables(length)[0], back.rope_tables(length)[0]
+        if len(table.inv_freq) != len(other.inv_freq) or not np.allclose(table.inv_freq, other.inv_freq, rtol=1e-6):
+            return False
+        if not math.isclose(table.attention_factor, other.attention_factor, rel_tol=1e-6):
+            return False
+    return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One family.
@@ -57,6 +72,16 @@ class Family:
         gguf_tied: whether a GGUF file of the family may leave the head to the embedding.
         gguf_keys: keys beyond those of `options` that the family reads itself.
         stacks: part of a layer -> (its name in a folder, in a GGUF file), where files hold several stacked in one.
+        folder_names: part of a layer, or name of another weight without its last part -> that in a folder, where they
+            differ and are not stacked.
+        folder_layers: what the names of a layer's weights start with, in a folder.
+        folder_prefix: what older folders leave away from every name.
+        folder_extra: ends of names in a folder that are no weights.
+        folder_transposed: parts of a layer whose weights are [in, out] in a folder.
+        gguf_names: part of a layer -> its name in a GGUF file, where that is not the usual one.
+        renamed_keys: usual key of config.json -> that of the family, or "" where it has none.
+        both_keys: those of `renamed_keys` that may have their usual name too.
+        eps_key: key of config.json for norm_eps.
     """
 
     name: str
@@ -75,6 +100,15 @@ class Family:
     gguf_tied: bool = True
     gguf_keys: frozenset[str] = frozenset()
     stacks: Mapping[str, tuple[str, str]] = field(default_factory=lambda: MappingProxyType({}))
+    folder_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    folder_layers: str = "model.layers"
+    folder_prefix: str = ""
+    folder_extra: tuple[str, ...] = ()
+    folder_transposed: frozenset[str] = frozenset()
+    gguf_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    renamed_keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    both_keys: frozenset[str] = frozenset()
+    eps_key: str = "rms_norm_eps"
 
     @property
     def model_types(self) -> tuple[str, ...]:
@@ -90,7 +124,9 @@ class Family:
         """Keys of config.json for the same; None for a key that is to be left out."""
         return {}
 
-    def fields_from_gguf(self, metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    def fields_from_gguf(
+        self, metadata: Mapping[str, Any], sizes: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Any]:
         return {}
 
     def fields_to_gguf(self, spec: ModelSpec) -> dict[str, Any]:
@@ -106,13 +142,22 @@ class Family:
 
     def spec_from_config(self, config: Mapping[str, Any]) -> ModelSpec:
         """`config` is the content of config.json. Unsupported features raise ArgumentError with their key."""
+        theirs = {key: config[name] for key, name in self.renamed_keys.items() if name in config}
+        kept = {key: value for key, value in config.items() if key not in {*self.renamed_keys} - self.both_keys}
+        try:
+            return self._spec_from_config(kept | theirs)
+        except ArgumentError as error:
+            key, colon, message = str(error).partition(":")
+            raise ArgumentError((self.renamed_keys.get(key) or key) + colon + message) from error
+
+    def _spec_from_config(self, config: Mapping[str, Any]) -> ModelSpec:
         known = self.config_keys | {option.config_key for option in self.options}
         if self.partial_rotary:
             known |= {"partial_rotary_factor"}
         config_keys.check_neutral(config, known)
         values = config_keys.sizes_from_config(config, default_num_kv_heads=self.default_num_kv_heads)
         values |= {
-            "norm_eps": get_float(config, "rms_norm_eps", self.default_norm_eps),
+            "norm_eps": get_float(config, self.eps_key, self.default_norm_eps),
             "rope": self.rope_from_config(config),
             "tie_word_embeddings": get_bool(config, "tie_word_embeddings", self.is_tied),
         }
@@ -141,6 +186,12 @@ class Family:
             config[option.config_key] = spec.softmax_scale if option.fields == ("attention_scale",) else value
         config |= rope_to_config(spec.rope, rotary_dim=spec.rotary_dim, head_dim=spec.head_dim)
         config |= self.fields_to_config(spec)
+        if self.eps_key != "rms_norm_eps":
+            config[self.eps_key] = config.pop("rms_norm_eps")
+        for key, name in self.renamed_keys.items():
+            value = config.pop(key)
+            if name:
+                config[name] = value
         self._check_same(spec, self.spec_from_config(config), "config.json")
         return config
 
@@ -150,20 +201,21 @@ class Family:
         self,
         metadata: Mapping[str, Any],
         tensor_names: Collection[str],
-        rope_freqs: npt.NDArray[np.floating[Any]] | None,
+        rope_factors: Mapping[str, npt.NDArray[np.floating[Any]]],
     ) -> ModelSpec:
-        """`tensor_names` tell tied embeddings and biases; `rope_freqs` is the tensor rope_freqs.weight [P] or None."""
+        """`tensor_names` tell tied embeddings and biases; `rope_factors` are the tensors [P] of `ROPE_TENSORS`."""
         architecture = self.gguf_architecture
-        if ("rope_freqs.weight" in tensor_names) != (rope_freqs is not None):
+        if set(rope_factors) != set(gguf_keys.ROPE_TENSORS) & set(tensor_names):
             raise ArgumentError(
-                "rope_freqs: expected the tensor rope_freqs.weight exactly when tensor_names has it, "
-                f"got {'none' if rope_freqs is None else 'one'}"
+                "rope_factors: expected each of the tensors "
+                f"{sorted(set(gguf_keys.ROPE_TENSORS) & set(tensor_names))} that tensor_names has, "
+                f"got {sorted(rope_factors)}"
             )
         keys = {option.gguf_key: option for option in self.options if option.gguf_key is not None}
         gguf_keys.check_neutral(metadata, architecture, {*keys, *self.gguf_keys})
-        values = gguf_keys.sizes_from_gguf(metadata, architecture)
+        values = gguf_keys.sizes_from_gguf(metadata, architecture, norm=self.traits.get("norm", "rms"))
         values |= {
-            "rope": gguf_keys.rope_from_gguf(metadata, architecture, rope_freqs),
+            "rope": gguf_keys.rope_from_gguf(metadata, architecture, rope_factors),
             "tie_word_embeddings": "output.weight" not in tensor_names,
         }
         for key, option in keys.items():
@@ -181,16 +233,16 @@ class Family:
             values[name] = "blk.0." + gguf_keys.BIASES[name] in tensor_names
         values |= self.traits
         self._check_sizes(values)
-        values |= self.fields_from_gguf(metadata, values)
+        values |= self.fields_from_gguf(metadata, values, tensor_names)
         spec = ModelSpec(family=self.name, **values)
-        extra = sorted(set(tensor_names) - {*self.gguf_tensor_names(spec).values(), "rope_freqs.weight"})
+        extra = sorted(set(tensor_names) - {*self.gguf_tensor_names(spec).values(), *gguf_keys.ROPE_TENSORS})
         if extra:
             kind = "bias" if extra[0].endswith(".bias") else "tensors beyond those of the model"
             raise ArgumentError(f"tensor_names: expected no {kind}, got {extra[0]!r:.80}")
         return spec
 
     def gguf_metadata_from_spec(self, spec: ModelSpec) -> dict[str, Any]:
-        """Architecture keys for a GGUF file. Llama 3 and factor scaling go into a tensor: `gguf_rope_freqs`."""
+        """Architecture keys for a GGUF file. Factors of rotary frequencies go into tensors: `gguf_rope_factors`."""
         architecture = self.gguf_architecture
         metadata = gguf_keys.sizes_to_gguf(spec, architecture)
         for option in self.options:
@@ -204,37 +256,68 @@ class Family:
                 raise ArgumentError(
                     f"{name}: expected False, which a GGUF file of {architecture} can say, got {getattr(spec, name)}"
                 )
-        rope_freqs = self.gguf_rope_freqs(spec)
-        names = {*self.gguf_tensor_names(spec).values(), *(() if rope_freqs is None else ("rope_freqs.weight",))}
-        self._check_same(spec, self.spec_from_gguf(metadata, names, rope_freqs), f"a GGUF file of {architecture}")
+        rope_factors = self.gguf_rope_factors(spec)
+        names = {*self.gguf_tensor_names(spec).values(), *rope_factors}
+        self._check_same(spec, self.spec_from_gguf(metadata, names, rope_factors), f"a GGUF file of {architecture}")
         return metadata
 
-    def gguf_rope_freqs(self, spec: ModelSpec) -> npt.NDArray[np.float32] | None:
-        """The tensor rope_freqs.weight [P] that a GGUF file of the model needs, or None."""
-        return gguf_keys.rope_freqs_of(spec)
+    def gguf_rope_factors(self, spec: ModelSpec) -> dict[str, npt.NDArray[np.float32]]:
+        """Those tensors [P] of `ROPE_TENSORS` that a GGUF file of the model needs."""
+        return gguf_keys.rope_factors_of(spec)
 
     # --- tensors: see families/stacking.py ----------------------------------------------------------------------------
 
     def folder_tensor_names(self, spec: ModelSpec) -> dict[str, str]:
         """Name of every weight -> its name in the safetensors files of a folder."""
-        return {name: self._stacked(name, 0, name) for name in spec.tensor_shapes()}
+        names = {}
+        for name in spec.tensor_shapes():
+            stem, _, kind = name.rpartition(".")
+            if stem.startswith("model.layers."):
+                _, _, layer, part = stem.split(".", 3)
+                stacked = self.stacks[part][0] if part in self.stacks else part
+                names[name] = f"{self.folder_layers}.{layer}.{self.folder_part(spec, part, stacked)}.{kind}"
+            else:
+                names[name] = f"{self.folder_names.get(stem, stem)}.{kind}"
+        return names
+
+    def folder_part(self, spec: ModelSpec, part: str, default: str) -> str:
+        """Name in a folder of a part of a layer."""
+        return self.folder_names.get(part, default)
+
+    def folder_row_order(self, spec: ModelSpec, name: str) -> npt.NDArray[np.int64] | None:
+        """Rows of the tensor in a folder that are the rows of the weight `name`; None where they follow in order."""
+        return None
+
+    def folder_tensors(self, spec: ModelSpec) -> dict[str, StoredTensor]:
+        """Name of every tensor of a folder -> how it holds its weights."""
+        names = self.folder_tensor_names(spec)
+        shapes, places = stored_shapes(spec, names), stored_rows(spec, names)
+        tensors = {}
+        # The same in every layer: a config of many wide layers must not cost an array for each.
+        orders: dict[str, npt.NDArray[np.int64] | None] = {}
+        for stored, weights in stacked_weights(names).items():
+            rows: dict[str, slice | npt.NDArray[np.int64]] = {}
+            for name in weights:
+                part = name.split(".", 3)[-1]
+                if part not in orders:
+                    orders[part] = self.folder_row_order(spec, name)
+                order = orders[part]
+                rows[name] = slice(places[name].start, places[name].stop) if order is None else order
+            part = weights[0].removesuffix(".weight").split(".", 3)[-1]
+            is_transposed = part in self.folder_transposed and len(shapes[stored]) == 2
+            tensors[stored] = StoredTensor(shapes[stored][:: -1 if is_transposed else 1], rows, is_transposed)
+        return tensors
 
     def gguf_tensor_names(self, spec: ModelSpec) -> dict[str, str]:
         """Name of every weight -> its name in a GGUF file."""
         stacked = {part: names[1] for part, names in self.stacks.items()}
-        return gguf_keys.tensor_names(spec, gguf_keys.LAYER_TENSORS | stacked)
+        return gguf_keys.tensor_names(spec, gguf_keys.layer_tensors(spec) | stacked | dict(self.gguf_names))
 
     def gguf_row_order(self, spec: ModelSpec, name: str) -> npt.NDArray[np.int64] | None:
         """Index array i of the weight `name`, so that hf = gguf[i]; None where the rows agree."""
         if not self.gguf_permuted or not name.endswith(_ROTATED):
             return None
         return unpermute_rows(spec.num_heads if ".q_proj." in name else spec.num_kv_heads, spec.head_dim)
-
-    def _stacked(self, name: str, index: int, default: str) -> str:
-        for part, names in self.stacks.items():
-            if f".{part}." in name:
-                return name.replace(part, names[index])
-        return default
 
     def _check_sizes(self, values: Mapping[str, Any]) -> None:
         """Raises ArgumentError for sizes out of range, before a list is made or a root taken of one."""
@@ -246,9 +329,8 @@ class Family:
         """Raises ArgumentError with the first field that the description `where` does not hold."""
         for item in fields(spec):
             value, expected = getattr(spec, item.name), getattr(back, item.name)
-            if item.name == "rope":
-                # The scaling may pass through float32 factors.
-                value, expected = value.theta, expected.theta
+            if item.name == "rope" and _same_angles(spec, back):
+                continue  # they may have passed through float32
             if item.name == "norm_weight_offset" and where != "config.json":
                 continue  # norms in a GGUF file hold the sum
             if value != expected:

@@ -4,7 +4,7 @@ embedding of their own."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyengine.errors import ArgumentError
@@ -81,7 +81,9 @@ class Gemma3(Family):
             },
         }
 
-    def fields_from_gguf(self, metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    def fields_from_gguf(
+        self, metadata: Mapping[str, Any], sizes: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Any]:
         num_layers = sizes["num_layers"]
         width = sizes["head_dim"] if num_layers != _NUM_LAYERS_27B else sizes["hidden_size"] // sizes["num_heads"]
         types = _types(num_layers, _PATTERN)
@@ -107,7 +109,7 @@ FAMILY = Gemma3(
         "norm_placement": "both",
         "norm_weight_offset": 1.0,
         "qk_norm": "head",
-        "gate_activation": "gelu_tanh",
+        "activation": "gelu_tanh",
     },
     options=(ATTENTION_BIAS,),
     config_keys=frozenset({"hidden_act", "hidden_activation", "query_pre_attn_scalar"}),

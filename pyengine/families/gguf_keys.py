@@ -10,8 +10,20 @@ import numpy.typing as npt
 
 from pyengine.errors import ArgumentError
 from pyengine.families.fields import get_float, get_ids, get_int, get_optional_int
-from pyengine.spec import NORM_NAMES, FactorScaling, LinearScaling, Llama3Scaling, ModelSpec, RopeScaling, RopeSpec
+from pyengine.spec import (
+    NORM_NAMES,
+    FactorScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ModelSpec,
+    RopeScaling,
+    RopeSpec,
+    YarnScaling,
+    yarn_attention_factor,
+)
 
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 LAYER_TENSORS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -29,8 +41,14 @@ NORM_TENSORS = {
     "mlp_norm": "ffn_norm",
     "mlp_post_norm": "post_ffw_norm",
 }
-_TOP_TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-BIASES = {"qkv_bias": "attn_q.bias", "o_bias": "attn_output.bias", "mlp_bias": "ffn_gate.bias"}
+_TOP_TENSORS = {
+    "model.embed_tokens": "token_embd",
+    "model.embed_positions": "position_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+BIASES = {"qkv_bias": "attn_q.bias", "o_bias": "attn_output.bias", "mlp_bias": "ffn_up.bias"}
+_EPS_KEYS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 # Keys that change the mathematics, after the architecture, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[float, ...]] = {
     "expert_count": (0,),
@@ -58,7 +76,7 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def sizes_from_gguf(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def sizes_from_gguf(metadata: Mapping[str, Any], architecture: str, *, norm: str) -> dict[str, Any]:
     """The fields of `ModelSpec` that every family says by the same keys."""
     prefix = f"{architecture}."
     num_heads = get_int(metadata, prefix + "attention.head_count")
@@ -89,7 +107,7 @@ def sizes_from_gguf(metadata: Mapping[str, Any], architecture: str) -> dict[str,
         "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": get_int(metadata, prefix + "context_length"),
-        "norm_eps": shortest(get_float(metadata, prefix + "attention.layer_norm_rms_epsilon")),
+        "norm_eps": shortest(get_float(metadata, prefix + _EPS_KEYS[norm])),
         "bos_token_id": get_optional_int(metadata, "tokenizer.ggml.bos_token_id"),
         "eos_token_ids": tuple(dict.fromkeys(token_id for key in end_keys for token_id in get_ids(metadata, key))),
         "pad_token_id": get_optional_int(metadata, "tokenizer.ggml.padding_token_id"),
@@ -109,12 +127,11 @@ def sizes_to_gguf(spec: ModelSpec, architecture: str) -> dict[str, Any]:
         prefix + "attention.head_count_kv": spec.num_kv_heads,
         prefix + "attention.key_length": spec.head_dim,
         prefix + "attention.value_length": spec.head_dim,
-        prefix + "attention.layer_norm_rms_epsilon": spec.norm_eps,
+        prefix + _EPS_KEYS[spec.norm]: spec.norm_eps,
         prefix + "rope.dimension_count": spec.rotary_dim or spec.head_dim,
         prefix + "rope.freq_base": spec.rope.theta,
     }
-    if isinstance(spec.rope.scaling, LinearScaling):
-        metadata |= {prefix + "rope.scaling.type": "linear", prefix + "rope.scaling.factor": spec.rope.scaling.factor}
+    metadata |= _scaling_to_gguf(spec.rope.scaling, prefix + "rope.scaling.")
     if spec.bos_token_id is not None:
         metadata["tokenizer.ggml.bos_token_id"] = spec.bos_token_id
     if len(spec.eos_token_ids) > 2:
@@ -127,40 +144,112 @@ def sizes_to_gguf(spec: ModelSpec, architecture: str) -> dict[str, Any]:
 
 
 def rope_from_gguf(
-    metadata: Mapping[str, Any], architecture: str, rope_freqs: npt.NDArray[np.floating[Any]] | None
+    metadata: Mapping[str, Any], architecture: str, rope_factors: Mapping[str, npt.NDArray[np.floating[Any]]]
 ) -> RopeSpec:
     theta = shortest(get_float(metadata, f"{architecture}.rope.freq_base", 10000.0))
-    return RopeSpec(theta=theta, scaling=_scaling(metadata, f"{architecture}.rope.", rope_freqs))
+    return RopeSpec(theta=theta, scaling=_scaling(metadata, f"{architecture}.", rope_factors))
 
 
 def _scaling(
-    metadata: Mapping[str, Any], prefix: str, rope_freqs: npt.NDArray[np.floating[Any]] | None
+    metadata: Mapping[str, Any], architecture_prefix: str, rope_factors: Mapping[str, npt.NDArray[np.floating[Any]]]
 ) -> RopeScaling | None:
-    name = metadata.get(prefix + "scaling.type", "none")
-    if name not in ("none", "linear"):
-        raise ArgumentError(f"{prefix}scaling.type: expected 'none' or 'linear', got {name!r:.80}")
-    if rope_freqs is not None:
-        if name != "none":
-            raise ArgumentError(f"{prefix}scaling.type: expected 'none' beside rope_freqs.weight, got {name!r}")
-        return FactorScaling(factors=tuple(float(factor) for factor in np.ravel(rope_freqs)))
+    prefix = f"{architecture_prefix}rope.scaling."
+    name = metadata.get(prefix + "type", "none")
+    if name not in ("none", "linear", "yarn", "longrope"):
+        raise ArgumentError(f"{prefix}type: expected 'none', 'linear', 'yarn' or 'longrope', got {name!r:.80}")
+    lists = {key: tuple(float(factor) for factor in np.ravel(values)) for key, values in rope_factors.items()}
+    freqs, *long_and_short = (lists.get(key) for key in ROPE_TENSORS)
+    if any(values is not None for values in long_and_short) or name == "longrope":
+        if freqs is not None or None in long_and_short or name not in ("none", "longrope"):
+            raise ArgumentError(
+                f"{prefix}type: expected 'longrope' with long and short factors and no others, "
+                f"got {name!r} and {sorted(rope_factors)}"
+            )
+        return LongRopeScaling(
+            long_factors=lists["rope_factors_long.weight"],
+            short_factors=lists["rope_factors_short.weight"],
+            original_max_position_embeddings=_original_context(metadata, architecture_prefix),
+            attention_factor=shortest(get_float(metadata, prefix + "attn_factor", 1.0)),
+        )
+    if freqs is not None and name != "none":
+        raise ArgumentError(f"{prefix}type: expected 'none' beside rope_freqs.weight, got {name!r}")
+    if name == "yarn":
+        return _yarn(metadata, architecture_prefix, prefix)
+    for key in ("attn_factor", "yarn_attn_factor"):
+        if (value := get_float(metadata, prefix + key, 1.0)) != 1.0:
+            raise ArgumentError(f"{prefix}{key}: expected 1 beside the type {name!r}, got {value}")
+    if freqs is not None:
+        return FactorScaling(factors=freqs)
     # An older key for the same thing; both are the factor itself.
-    factor = metadata.get(prefix + "scaling.factor", metadata.get(prefix + "scale_linear"))
+    factor = metadata.get(prefix + "factor", metadata.get(f"{architecture_prefix}rope.scale_linear"))
     if name == "linear" or (factor is not None and factor != 1.0):
-        key = prefix + "scaling.factor"
-        return LinearScaling(factor=shortest(get_float({key: factor}, key)))
+        return LinearScaling(factor=shortest(get_float({prefix + "factor": factor}, prefix + "factor")))
     return None
 
 
-def rope_freqs_of(spec: ModelSpec) -> npt.NDArray[np.float32] | None:
-    """The tensor `rope_freqs.weight` [P] that a GGUF file of this model needs, or None."""
-    if not isinstance(spec.rope.scaling, Llama3Scaling | FactorScaling):
-        return None
-    return (spec.base_inv_freq() / spec.inv_freq()).astype(np.float32)
+def _original_context(metadata: Mapping[str, Any], architecture_prefix: str) -> int:
+    key = f"{architecture_prefix}rope.scaling.original_context_length"
+    found = get_optional_int(metadata, key)
+    return get_int(metadata, f"{architecture_prefix}context_length") if found is None else found
 
 
-def tensor_names(spec: ModelSpec, layer_tensors: Mapping[str, str]) -> dict[str, str]:
+def _yarn(metadata: Mapping[str, Any], architecture_prefix: str, prefix: str) -> YarnScaling:
+    factor = shortest(get_float(metadata, prefix + "factor"))
+    for key, neutral in (("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0), ("yarn_attn_factor", 1.0)):
+        if (value := get_float(metadata, prefix + key, neutral)) != neutral:
+            raise ArgumentError(f"{prefix}{key}: expected {neutral:g}, got {value}")
+    # The key is a multiple of what the factor gives.
+    multiple, attention_factor = get_float(metadata, prefix + "attn_factor", 1.0), yarn_attention_factor(factor)
+    return YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=_original_context(metadata, architecture_prefix),
+        attention_factor=attention_factor if multiple == 1.0 else shortest(attention_factor * multiple),
+        beta_fast=shortest(get_float(metadata, prefix + "yarn_beta_fast", 32.0)),
+        beta_slow=shortest(get_float(metadata, prefix + "yarn_beta_slow", 1.0)),
+    )
+
+
+def _scaling_to_gguf(scaling: RopeScaling | None, prefix: str) -> dict[str, Any]:
+    if isinstance(scaling, LinearScaling):
+        return {prefix + "type": "linear", prefix + "factor": scaling.factor}
+    if isinstance(scaling, LongRopeScaling):
+        return {
+            prefix + "type": "longrope",
+            prefix + "original_context_length": scaling.original_max_position_embeddings,
+            prefix + "attn_factor": scaling.attention_factor,
+        }
+    if isinstance(scaling, YarnScaling):
+        return {
+            prefix + "type": "yarn",
+            prefix + "factor": scaling.factor,
+            prefix + "original_context_length": scaling.original_max_position_embeddings,
+            prefix + "attn_factor": scaling.attention_factor / yarn_attention_factor(scaling.factor),
+            prefix + "yarn_beta_fast": scaling.beta_fast,
+            prefix + "yarn_beta_slow": scaling.beta_slow,
+        }
+    return {}
+
+
+def rope_factors_of(spec: ModelSpec) -> dict[str, npt.NDArray[np.float32]]:
+    """Those tensors [P] of `ROPE_TENSORS` that a GGUF file of this model needs."""
+    scaling = spec.rope.scaling
+    if isinstance(scaling, LongRopeScaling):
+        return {
+            "rope_factors_long.weight": np.asarray(scaling.long_factors, np.float32),
+            "rope_factors_short.weight": np.asarray(scaling.short_factors, np.float32),
+        }
+    if isinstance(scaling, Llama3Scaling | FactorScaling):
+        return {"rope_freqs.weight": (spec.base_inv_freq() / spec.inv_freq()).astype(np.float32)}
+    return {}
+
+
+def layer_tensors(spec: ModelSpec) -> dict[str, str]:
+    """Part of a layer -> its usual name in a GGUF file."""
+    return LAYER_TENSORS | {name: NORM_TENSORS[role] for role, name in NORM_NAMES[spec.norm_placement].items()}
+
+
+def tensor_names(spec: ModelSpec, parts: Mapping[str, str]) -> dict[str, str]:
     """Hugging Face name -> GGUF name of every weight of `spec.tensor_shapes()`, in the same order."""
-    norms = {name: NORM_TENSORS[role] for role, name in NORM_NAMES[spec.norm_placement].items()}
     names = {}
     for name in spec.tensor_shapes():
         stem, _, kind = name.rpartition(".")
@@ -168,5 +257,5 @@ def tensor_names(spec: ModelSpec, layer_tensors: Mapping[str, str]) -> dict[str,
             names[name] = f"{_TOP_TENSORS[stem]}.{kind}"
         else:
             _, _, layer, part = stem.split(".", 3)
-            names[name] = f"blk.{layer}.{(norms.get(part) or layer_tensors[part])}.{kind}"
+            names[name] = f"blk.{layer}.{parts[part]}.{kind}"
     return names

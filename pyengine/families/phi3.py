@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from pyengine.errors import ArgumentError
 from pyengine.families.config_keys import windows_from_config
 from pyengine.families.family import Family
 from pyengine.families.fields import get_optional_int
-from pyengine.spec import ModelSpec
+from pyengine.spec import ModelSpec, RopeSpec, YarnScaling
 
 _WINDOW = "phi3.attention.sliding_window"
 
 
 class Phi3(Family):
+    def rope_from_config(self, config: Mapping[str, Any]) -> RopeSpec:
+        rope = super().rope_from_config({"original_max_position_embeddings": 4096} | dict(config))
+        if isinstance(rope.scaling, YarnScaling):
+            # Readers take this name to mean LongRoPE here.
+            raise ArgumentError("rope_scaling.rope_type: expected 'default' or 'longrope' for Phi-3, got 'yarn'")
+        return rope
+
     def fields_from_config(self, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
         window = get_optional_int(config, "sliding_window")
         kind = "full_attention" if window is None else "sliding_attention"
@@ -22,7 +30,9 @@ class Phi3(Family):
     def fields_to_config(self, spec: ModelSpec) -> dict[str, Any]:
         return {"sliding_window": spec.sliding_window}
 
-    def fields_from_gguf(self, metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    def fields_from_gguf(
+        self, metadata: Mapping[str, Any], sizes: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Any]:
         return {"sliding_window": get_optional_int(metadata, _WINDOW) or None}
 
     def fields_to_gguf(self, spec: ModelSpec) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyengine.errors import ArgumentError
@@ -37,7 +37,9 @@ class SmolLM3(Family):
             "layer_types": layer_types(spec),
         }
 
-    def fields_from_gguf(self, metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    def fields_from_gguf(
+        self, metadata: Mapping[str, Any], sizes: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Any]:
         return {"nope_layers": _every(_INTERVAL, sizes["num_layers"])}
 
 

@@ -44,7 +44,8 @@ class LLM(TextReader):
             bfloat16, "fast" to int8 per 32 values, for integer dot products; attention over a bfloat16 cache rounds
             its queries then. "auto" is "exact".
         threads: size of the native thread pool of this process; None keeps it.
-        max_context: most tokens of one sequence; None takes the model's, at most 8192.
+        max_context: most tokens of one sequence; None takes the model's, at most 8192. What is given here chooses the
+            factors of LongRoPE, else the model's own.
         cache_tokens: tokens that the key/value cache holds over all sequences; None takes max_context.
         kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations, and bfloat16
             in the modes that round. int8 has one scale per token and head, and holds 3.8 times the tokens of float32

@@ -16,7 +16,7 @@ from pyengine.errors import ArgumentError, BackendUnavailable
 from pyengine.formats.quantizers import QUANTIZERS, block_geometry
 from pyengine.infer.classifier import Classifier
 from pyengine.infer.source import WeightSource, open_source
-from pyengine.spec import NORM_NAMES, ModelSpec
+from pyengine.spec import NORM_NAMES, POSITIONS_NAME, ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
 BLOCK_FORMATS = tuple(_C.block_formats())
@@ -123,7 +123,12 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         mlp_bias=spec.mlp_bias,
         qk_norm=spec.qk_norm,
         norm_placement=spec.norm_placement,
-        gate_activation=spec.gate_activation,
+        norm=spec.norm,
+        norm_bias=spec.norm_bias,
+        parallel_blocks=spec.parallel_blocks,
+        gated_mlp=spec.gated_mlp,
+        activation=spec.activation,
+        num_learned_positions=max_context if spec.learned_positions else 0,
         act_dtype=act_dtype,
         product_input=PRODUCT_INPUTS[mode],
         capacity_bytes=_capacity(spec, formats, max_context),
@@ -133,9 +138,9 @@ def load_model(path: str | os.PathLike[str], options: EngineOptions) -> LoadedMo
         tokenizer = pool.submit(source.tokenizer)
         _fill(model, source, formats, act_dtype)
     shape = max_context, spec.num_rotary_pairs
-    for table, inv_freq in enumerate(spec.rope_tables()):
+    for table, (inv_freq, attention_factor) in enumerate(spec.rope_tables(options.max_context)):
         cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        _C.rope_table(inv_freq, cos, sin)
+        _C.rope_table(inv_freq, cos, sin, attention_factor)
         model.set_rope(cos, sin, table=table)
     model.check()
 
@@ -183,25 +188,31 @@ _VECTOR_SLOTS = {
 }
 
 
+_TOP_VECTOR_SLOTS = {"positions": POSITIONS_NAME, "norm": "model.norm.weight", "norm_bias": "model.norm.bias"}
+
+
 def _vector_slots(spec: ModelSpec) -> dict[str, list[str]]:
     """Native slot -> names of the vectors that it joins, for those that the model has."""
     norms = {slot: (f"{name}.weight",) for slot, name in NORM_NAMES[spec.norm_placement].items()}
+    norm_biases = {f"{slot}_bias": (f"{name}.bias",) for slot, name in NORM_NAMES[spec.norm_placement].items()}
     shapes = spec.tensor_shapes()
-    slots = {"norm": ["model.norm.weight"]}
+    slots = {slot: [name] for slot, name in _TOP_VECTOR_SLOTS.items() if name in shapes}
     for i in range(spec.num_layers):
-        for slot, parts in (norms | _VECTOR_SLOTS).items():
-            names = [f"model.layers.{i}.{part}" for part in parts]
-            if names[0] in shapes:
+        for slot, parts in (norms | norm_biases | _VECTOR_SLOTS).items():
+            names = [name for part in parts if (name := f"model.layers.{i}.{part}") in shapes]
+            if names:
                 slots[f"layers.{i}.{slot}"] = names
     return slots
 
 
 def _slots(spec: ModelSpec) -> dict[str, list[str]]:
     """Native slot -> Hugging Face names, in order of execution."""
+    shapes = spec.tensor_shapes()
     slots = {"embed": ["model.embed_tokens.weight"]}
     for i in range(spec.num_layers):
         for slot, parts in SLOTS.items():
-            slots[f"layers.{i}.{slot}"] = [f"model.layers.{i}.{part}.weight" for part in parts]
+            names = [f"model.layers.{i}.{part}.weight" for part in parts]
+            slots[f"layers.{i}.{slot}"] = [name for name in names if name in shapes]
     if not spec.tie_word_embeddings:
         slots["head"] = ["lm_head.weight"]
     return slots
@@ -225,8 +236,9 @@ def _capacity(spec: ModelSpec, formats: dict[str, str], max_context: int) -> int
         for group in _groups(names, formats):
             num_rows = sum(shapes[name][0] for name in group)
             total += _C.packed_weight_bytes(formats[group[0]], num_rows, shapes[group[0]][1]) + 64
-    for names in _vector_slots(spec).values():
-        total += 4 * sum(shapes[name][0] for name in names) + 64
+    for slot, names in _vector_slots(spec).items():
+        num_rows = max_context if slot == "positions" else 1
+        total += 4 * num_rows * sum(shapes[name][-1] for name in names) + 64
     return total + 2 * len(spec.rope_tables()) * (max_context * spec.num_rotary_pairs * 4 + 64)
 
 
@@ -234,6 +246,8 @@ def _fill(model: _C.DecoderModel, source: WeightSource, formats: dict[str, str],
     dtype = ml_dtypes.bfloat16 if act_dtype == "bfloat16" else np.float32
     for slot, names in _vector_slots(source.spec).items():
         values = np.concatenate([source.dense(name) for name in names]).astype(dtype)
+        if slot == "positions":
+            values = values[: model.num_learned_positions]
         if slot == "norm" and source.spec.logits_divisor != 1.0:
             # The head is linear: dividing what it reads divides the logits.
             values = (values.astype(np.float32) / np.float32(source.spec.logits_divisor)).astype(dtype)

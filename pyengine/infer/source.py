@@ -12,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.errors import ArgumentError, ModelFileError
-from pyengine.families import family_of, load_config, load_spec, spec_from_gguf, stored_rows, stored_shapes
+from pyengine.families import (
+    ROPE_TENSORS,
+    family_of,
+    load_config,
+    load_spec,
+    spec_from_gguf,
+    stored_rows,
+    stored_shapes,
+)
 from pyengine.formats import GgufReader, SafetensorsReader, open_gguf, open_safetensors
 from pyengine.infer.classifier import CLASSIFIER_WEIGHT, Classifier
 from pyengine.jsonfile import read_json_object
@@ -20,8 +28,6 @@ from pyengine.spec import ModelSpec
 from pyengine.tokenizer import ChatTemplate, Tokenizer
 
 MAX_INDEX_BYTES = 64 << 20
-
-_EMBEDDING = "model.embed_tokens.weight"
 
 Array = npt.NDArray[Any]
 
@@ -60,10 +66,6 @@ def open_source(path: str | os.PathLike[str]) -> WeightSource:
     return GgufSource(place)
 
 
-def _matrix_names(spec: ModelSpec) -> list[str]:
-    return [name for name, shape in spec.tensor_shapes().items() if len(shape) == 2]
-
-
 def _check_shape(path: str, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if got != expected:
         raise ModelFileError(path, None, name, f"expected shape {expected}, got {got}")
@@ -78,9 +80,9 @@ class GgufSource:
         self.path = str(path)
         self._file: GgufReader = open_gguf(path)
         self._metadata = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._file.metadata.items()}
-        rope_freqs = self._file.dequantize("rope_freqs.weight") if "rope_freqs.weight" in self._file else None
+        factors = {name: self._file.dequantize(name) for name in ROPE_TENSORS if name in self._file}
         try:
-            self.spec = spec_from_gguf(self._metadata, list(self._file), rope_freqs=rope_freqs)
+            self.spec = spec_from_gguf(self._metadata, list(self._file), rope_factors=factors)
         except ArgumentError as error:
             field, _, message = str(error).partition(": ")
             raise ModelFileError(self.path, None, field, message) from error
@@ -96,7 +98,7 @@ class GgufSource:
         return None
 
     def matrix_names(self) -> list[str]:
-        return _matrix_names(self.spec)
+        return self.spec.matrix_names()
 
     def stored_format(self, name: str) -> str:
         stored = self._file.info(self._rows[name].name).type.lower()
@@ -136,30 +138,43 @@ class FolderSource:
             if file not in self._files:
                 self._files[file] = open_safetensors(path / file)
             self._place[name] = self._files[file]
+        family = family_of(self.spec)
+        first = next(iter(family.folder_tensors(self.spec)))
+        # Older folders, and those of a body alone, leave the first part of every name away.
+        self._prefix = "" if first in self._place else family.folder_prefix or f"{first.partition('.')[0]}."
         self.has_lm_head = CLASSIFIER_WEIGHT not in self._place and not self._is_body()
         if not self.has_lm_head:
             self.spec = replace(self.spec, tie_word_embeddings=True)
-        names = family_of(self.spec).folder_tensor_names(self.spec)
-        if _EMBEDDING not in self._place:
-            names = {name: stored.removeprefix("model.") for name, stored in names.items()}
-        self._rows = stored_rows(self.spec, names)
-        for stored, shape in stored_shapes(self.spec, names).items():
-            if stored not in self._place or stored not in self._place[stored]:
-                raise ModelFileError(self.path, None, stored, "expected this tensor, got none of that name")
-            _check_shape(self.path, stored, self._place[stored].info(stored).shape, shape)
-        for name in names:
+        self._tensors = family.folder_tensors(self.spec)
+        self._stored = family.folder_tensor_names(self.spec)
+        for stored, tensor in self._tensors.items():
+            _check_shape(self.path, stored, self._reader(stored).info(self._file_name(stored)).shape, tensor.shape)
+        for name in self._stored:
             self.stored_format(name)
 
     def _is_body(self) -> bool:
         """Whether this is what AutoModel of transformers writes: names without their first part, and no head."""
-        architectures = load_config(self.path).get("architectures")
-        names_head = isinstance(architectures, list) and str(architectures[:1]).endswith("ForCausalLM']")
-        return _EMBEDDING not in self._place and not (names_head and self.spec.tie_word_embeddings)
+        if not self._prefix:
+            return False
+        architectures = load_config(Path(self.path)).get("architectures")
+        name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+        names_head = name.endswith(("ForCausalLM", "LMHeadModel"))
+        is_older = not name and family_of(self.spec).folder_prefix != ""
+        return not (self.spec.tie_word_embeddings and (names_head or is_older))
 
     def classifier(self) -> Classifier | None:
         if CLASSIFIER_WEIGHT not in self._place:
             return None
         return Classifier.from_folder(self.path, self._place[CLASSIFIER_WEIGHT][CLASSIFIER_WEIGHT], self.spec)
+
+    def _file_name(self, stored: str) -> str:
+        return stored.removeprefix(self._prefix)
+
+    def _reader(self, stored: str) -> SafetensorsReader:
+        name = self._file_name(stored)
+        if name not in self._place or name not in self._place[name]:
+            raise ModelFileError(self.path, None, name, "expected this tensor, got none of that name")
+        return self._place[name]
 
     @staticmethod
     def _weight_map(path: Path) -> dict[str, str]:
@@ -177,25 +192,28 @@ class FolderSource:
         return weight_map
 
     def matrix_names(self) -> list[str]:
-        return _matrix_names(self.spec)
+        return self.spec.matrix_names()
 
     def stored_format(self, name: str) -> str:
-        stored = self._rows[name].name
-        dtype = self._place[stored].info(stored).dtype
+        stored = self._stored[name]
+        dtype = self._reader(stored).info(self._file_name(stored)).dtype
         known = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         if dtype not in known:
             raise ModelFileError(self.path, None, stored, f"expected one of {', '.join(known)}, got {dtype}")
         return known[dtype]
 
-    def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], None]:
-        place = self._rows[name]
-        file = self._place[place.name]
-        data = np.frombuffer(file.data(place.name), np.uint8)
-        return data.reshape(file.info(place.name).shape[0], -1)[place.start : place.stop], None
+    def raw(self, name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:
+        tensor, rows = self._tensors[self._stored[name]], self._upright(name)
+        data = rows.view(np.uint8).reshape(len(rows), -1)
+        index = tensor.weights[name]
+        return (data[index], None) if isinstance(index, slice) else (data, index.astype(np.int32))
 
     def dense(self, name: str) -> Array:
-        place = self._rows[name]
-        return self._place[place.name][place.name][place.start : place.stop].astype(np.float32)
+        return self._upright(name)[self._tensors[self._stored[name]].weights[name]].astype(np.float32)
+
+    def _upright(self, name: str) -> Array:
+        stored = self._stored[name]
+        return self._tensors[stored].upright(self._reader(stored)[self._file_name(stored)])
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)

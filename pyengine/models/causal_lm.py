@@ -12,7 +12,16 @@ from pyengine.adapters import AdapterConfig
 from pyengine.errors import ArgumentError
 from pyengine.models.initialize import initialize
 from pyengine.models.packing import pack_positions
-from pyengine.nn import Attention, Embedding, Linear, PackedPositions, RMSNorm, SwiGluMlp
+from pyengine.nn import (
+    Attention,
+    Embedding,
+    LayerNorm,
+    Linear,
+    PackedPositions,
+    PlainMlp,
+    RMSNorm,
+    SwiGluMlp,
+)
 from pyengine.ops.linear_cross_entropy import linear_cross_entropy
 from pyengine.ops.matmul import matmul
 from pyengine.ops.rope import rope_table
@@ -21,18 +30,21 @@ from pyengine.spec import NORM_NAMES, ModelSpec
 IGNORE = -100
 
 
-def _norm(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str | None) -> RMSNorm:
+def _norm(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str | None) -> RMSNorm | LayerNorm:
+    if spec.norm == "layer":
+        return LayerNorm(spec.hidden_size, eps=spec.norm_eps, bias=spec.norm_bias, dtype=dtype, device=device)
     offset = spec.norm_weight_offset
     return RMSNorm(spec.hidden_size, eps=spec.norm_eps, weight_offset=offset, dtype=dtype, device=device)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each with a norm before or after it, or both. The last sum is left to the norm that comes
-    next."""
+    """Attention and MLP, one after the other or side by side, with norms before or after them, or both. The last sum is
+    left to the norm that comes next."""
 
     def __init__(self, spec: ModelSpec, layer: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
         self.residual_multiplier = spec.residual_multiplier
+        self.parallel_blocks = spec.parallel_blocks
         self.norm_names = NORM_NAMES[spec.norm_placement]
         for name in self.norm_names.values():
             self.add_module(name, _norm(spec, dtype, device))
@@ -53,10 +65,10 @@ class DecoderLayer(nn.Module):
             dtype=dtype,
             device=device,
         )
-        self.mlp = SwiGluMlp(
+        self.mlp = (SwiGluMlp if spec.gated_mlp else PlainMlp)(
             spec.hidden_size,
             spec.intermediate_size,
-            activation=spec.gate_activation,
+            activation=spec.activation,
             bias=spec.mlp_bias,
             dtype=dtype,
             device=device,
@@ -65,6 +77,10 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None, packed: PackedPositions) -> tuple[Tensor, Tensor]:
         """x and residual [num_tokens, hidden_size] -> (what the MLP adds, residual stream before it)."""
         y, h = self._enter("attention_norm", x, residual)
+        if self.parallel_blocks:
+            mlp_input = self._enter("mlp_norm", h, None)[0] if "mlp_norm" in self.norm_names else y
+            h = h + self._leave("attention_post_norm", self.self_attn(y, packed))
+            return self._leave("mlp_post_norm", self.mlp(mlp_input)), h
         y, h = self._enter("mlp_norm", self._leave("attention_post_norm", self.self_attn(y, packed)), h)
         return self._leave("mlp_post_norm", self.mlp(y)), h
 
@@ -89,19 +105,24 @@ class Decoder(nn.Module):
         super().__init__()
         self.recompute = False
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
+        if spec.learned_positions:
+            num_positions = spec.max_position_embeddings
+            self.embed_positions = Embedding(num_positions, spec.hidden_size, dtype=dtype, device=device)
+        self.learned_positions = spec.learned_positions
         self.embedding_multiplier = spec.embedding_multiplier
         self.logits_divisor = spec.logits_divisor
         self.layers = nn.ModuleList(DecoderLayer(spec, layer, dtype, device) for layer in range(spec.num_layers))
         self.norm = _norm(spec, dtype, device)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, packed: PackedPositions) -> Tensor:
         """input_ids [num_tokens] -> what enters the first layer, [num_tokens, hidden_size]."""
         x: Tensor = self.embed_tokens(input_ids)
-        return x if self.embedding_multiplier == 1.0 else x * self.embedding_multiplier
+        x = x if self.embedding_multiplier == 1.0 else x * self.embedding_multiplier
+        return x + self.embed_positions(packed.position_ids) if self.learned_positions else x
 
     def forward(self, input_ids: Tensor, packed: PackedPositions) -> Tensor:
         """input_ids [num_tokens] -> [num_tokens, hidden_size]."""
-        x, residual = self.embed(input_ids), None
+        x, residual = self.embed(input_ids, packed), None
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x, residual = checkpoint(layer, x, residual, packed, use_reentrant=False)
@@ -118,6 +139,8 @@ class CausalLM(nn.Module):
         dtype: of parameters and activations: float32 or bfloat16.
         device: of the parameters. On "meta" they have no values.
         seed: of the initial weights, see `initialize`.
+        max_context: as that of `LLM`, where it differs from the longest context of the model: it chooses the factors of
+            LongRoPE.
     """
 
     def __init__(
@@ -127,6 +150,7 @@ class CausalLM(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         seed: int = 0,
+        max_context: int | None = None,
     ) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.bfloat16):
@@ -134,6 +158,7 @@ class CausalLM(nn.Module):
         self.spec = spec
         self.adapter_config: AdapterConfig | None = None
         """Of the low-rank adapter that it has, see `pyengine.models.add_adapter`."""
+        self.max_context = max_context
         self.model = Decoder(spec, dtype, device)
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, dtype=dtype, device=device)
@@ -142,11 +167,13 @@ class CausalLM(nn.Module):
             initialize(self, seed=seed, num_layers=spec.num_layers)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> CausalLM:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, max_context: int | None = None
+    ) -> CausalLM:
         """See `pyengine.models.from_pretrained`."""
         from pyengine.models.pretrained import from_pretrained
 
-        return from_pretrained(path, dtype=dtype)
+        return from_pretrained(path, dtype=dtype, max_context=max_context)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """See `pyengine.models.save_pretrained`."""
@@ -232,6 +259,9 @@ class CausalLM(nn.Module):
         """A row of a table depends on its position alone, so growing the tables changes no result."""
         if not self._rope or len(self._rope[0][0]) < num_positions or self._rope[0][0].device != device:
             size = min(1 << (num_positions - 1).bit_length(), self.spec.max_position_embeddings)
-            tables = [rope_table(torch.from_numpy(inv_freq), size) for inv_freq in self.spec.rope_tables()]
+            tables = [
+                rope_table(torch.from_numpy(inv_freq), size, attention_factor)
+                for inv_freq, attention_factor in self.spec.rope_tables(self.max_context)
+            ]
             self._rope = [(cos.to(device), sin.to(device)) for cos, sin in tables]
         return self._rope

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pyengine.errors import ArgumentError, ModelFileError
 from pyengine.families import (
+    ROPE_TENSORS,
     config_from_spec,
     family_of,
     load_spec,
     spec_from_gguf,
-    stacked_weights,
     stored_rows,
     stored_shapes,
 )
@@ -35,12 +35,15 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _LM_HEAD = "lm_head.weight"
 
 
-def from_pretrained(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> CausalLM:
+def from_pretrained(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, max_context: int | None = None
+) -> CausalLM:
     """The model in a Hugging Face folder (config.json and safetensors) or in a GGUF file, then dequantised.
 
     Args:
         path: the folder or file.
         dtype: of the parameters, float32 or bfloat16; weights stored otherwise are rounded once.
+        max_context: see `CausalLM`.
 
     Raises:
         ModelFileError: a file is missing or damaged, or its tensors are not those of the model.
@@ -53,7 +56,7 @@ def from_pretrained(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.
         reader = open_gguf(path)
         spec = _gguf_spec(reader)
         tensors = _read_gguf(reader, spec, dtype)
-    model = CausalLM(spec, dtype=dtype, device="meta")
+    model = CausalLM(spec, dtype=dtype, device="meta", max_context=max_context)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     return model.requires_grad_()
 
@@ -70,10 +73,9 @@ def save_pretrained(model: CausalLM, folder: str | os.PathLike[str]) -> None:
     folder, config = Path(folder), config_json(model)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: to_numpy(tensor) for name, tensor in model.state_dict().items()}
-    names = family_of(model.spec).folder_tensor_names(model.spec)
     tensors = {
-        stored: weights[parts[0]] if len(parts) == 1 else np.concatenate([weights[part] for part in parts])
-        for stored, parts in stacked_weights(names).items()
+        stored: tensor.join({name: weights[name] for name in tensor.weights})
+        for stored, tensor in family_of(model.spec).folder_tensors(model.spec).items()
     }
     write_safetensors(folder / SAFETENSORS_NAME, tensors, metadata={"format": "pt"})
     with atomic_write(folder / "config.json") as file:
@@ -93,20 +95,25 @@ def config_json(model: CausalLM) -> bytes:
 def _read_folder(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     files = _open_files(folder)
     where = {name: file for file in files for name in file}
-    names = family_of(spec).folder_tensor_names(spec)
-    expected = stored_shapes(spec, names)
-    for name, place in stored_rows(spec, names).items():
-        stored, shape = place.name, expected[place.name]
+    family = family_of(spec)
+    tensors = family.folder_tensors(spec)
+    # Older folders leave a part of every name away.
+    prefix = "" if next(iter(tensors)) in where else family.folder_prefix
+    for full_name, tensor in tensors.items():
+        stored = full_name.removeprefix(prefix)
         if stored not in where:
             raise ModelFileError(str(folder), None, stored, "expected this tensor, got none")
         array = where[stored][stored]
-        if array.shape != shape:
-            raise ModelFileError(where[stored].path, None, stored, f"expected shape {shape}, got {array.shape}")
-        yield name, _as_parameter(where[stored].path, stored, array[place.start : place.stop], dtype)
-    for name in sorted(where.keys() - expected.keys()):
-        if name.endswith("rotary_emb.inv_freq"):
+        if array.shape != tensor.shape:
+            raise ModelFileError(where[stored].path, None, stored, f"expected shape {tensor.shape}, got {array.shape}")
+        rows = tensor.upright(array)
+        for name, index in tensor.weights.items():
+            yield name, _as_parameter(where[stored].path, stored, rows[index], dtype)
+    embedding = next(iter(tensors)).removeprefix(prefix)
+    for name in sorted(where.keys() - {stored.removeprefix(prefix) for stored in tensors}):
+        if name.endswith(("rotary_emb.inv_freq", *family.folder_extra)):
             continue
-        if name == _LM_HEAD and _same_bytes(where, _LM_HEAD, "model.embed_tokens.weight"):
+        if name == _LM_HEAD and _same_bytes(where, _LM_HEAD, embedding):
             continue
         raise ModelFileError(where[name].path, None, name, "expected only tensors of the model, got this one")
 
@@ -131,9 +138,9 @@ def _same_bytes(where: Mapping[str, SafetensorsReader], name: str, other: str) -
 
 
 def _gguf_spec(reader: GgufReader) -> ModelSpec:
-    rope_freqs = reader.dequantize("rope_freqs.weight") if "rope_freqs.weight" in reader else None
+    factors = {name: reader.dequantize(name) for name in ROPE_TENSORS if name in reader}
     try:
-        return spec_from_gguf(reader.metadata, set(reader), rope_freqs=rope_freqs)
+        return spec_from_gguf(reader.metadata, set(reader), rope_factors=factors)
     except ArgumentError as error:
         field, _, message = str(error).partition(": ")
         raise ModelFileError(reader.path, None, field, message) from error

@@ -1,4 +1,4 @@
-"""The gated feed-forward block."""
+"""The feed-forward block, with a gate and without one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyengine.nn.linear import Linear
+from pyengine.ops.gelu import gelu
 from pyengine.ops.swiglu import swiglu
 
 
@@ -31,3 +32,26 @@ class SwiGluMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [num_tokens, hidden_size] -> the same shape."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), activation=self.activation))  # type: ignore[no-any-return]
+
+
+class PlainMlp(nn.Module):
+    """down_proj(activation(up_proj(x))), with "gelu" or its tanh form, "gelu_tanh"."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "gelu",
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.approximate = {"gelu": "none", "gelu_tanh": "tanh"}[activation]
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, device=device)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [num_tokens, hidden_size] -> the same shape."""
+        return self.down_proj(gelu(self.up_proj(x), approximate=self.approximate))  # type: ignore[no-any-return]

@@ -3,6 +3,8 @@
 from pyengine.ops.adamw import adamw_
 from pyengine.ops.attention import attention
 from pyengine.ops.attention_decode import attention_decode, kv_append
+from pyengine.ops.gelu import gelu
+from pyengine.ops.layer_norm import layer_norm, layer_norm_residual
 from pyengine.ops.linear_cross_entropy import linear_cross_entropy
 from pyengine.ops.lora import lora, lora_rows
 from pyengine.ops.matmul import matmul
@@ -19,7 +21,10 @@ __all__ = [
     "adamw_",
     "attention",
     "attention_decode",
+    "gelu",
     "kv_append",
+    "layer_norm",
+    "layer_norm_residual",
     "linear_cross_entropy",
     "lora",
     "lora_rows",

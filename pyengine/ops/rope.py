@@ -71,10 +71,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, inverse: boo
     return torch.ops.pyengine.rope(x, cos, sin, positions, inverse)  # type: ignore[no-any-return]
 
 
-def rope_table(inv_freq: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [num_positions, D/2] f32 of position * inv_freq [D/2], computed in double and rounded once."""
+def rope_table(inv_freq: Tensor, num_positions: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """scale * (cos, sin) [num_positions, D/2] f32 of position * inv_freq [D/2], computed in double, rounded once."""
     inv_freq = inv_freq.detach().to("cpu", torch.float64).contiguous()
     cos = torch.empty(num_positions, inv_freq.shape[0])
     sin = torch.empty_like(cos)
-    _C.rope_table(inv_freq, cos, sin)
+    _C.rope_table(inv_freq, cos, sin, scale)
     return cos, sin

@@ -132,10 +132,7 @@ def quantize_to_gguf(
         report(stored_name, math.prod(shape))
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
-    tensors: dict[str, npt.NDArray[Any] | GgufTensor] = {}
-    rope_freqs = family_of(spec).gguf_rope_freqs(spec)
-    if rope_freqs is not None:
-        tensors["rope_freqs.weight"] = rope_freqs
+    tensors: dict[str, npt.NDArray[Any] | GgufTensor] = {**family_of(spec).gguf_rope_factors(spec)}
     names = family_of(spec).gguf_tensor_names(spec)
     shapes = stored_shapes(spec, names)
     for stored_name, parts in stacked_weights(names).items():
@@ -172,9 +169,9 @@ def _check_rows(spec: ModelSpec, formats: dict[str, str]) -> None:
 
 
 def _check_rounded(spec: ModelSpec, rounded: Mapping[str, npt.NDArray[np.uint8]], weights: str) -> None:
-    shapes = spec.tensor_shapes()
+    shapes, matrices = spec.tensor_shapes(), set(spec.matrix_names()) - set(_EMBEDDINGS)
     for name, rows in rounded.items():
-        if name in _EMBEDDINGS or len(shapes.get(name, ())) != 2 or weights not in QUANTIZERS:
+        if name not in matrices or weights not in QUANTIZERS:
             raise ArgumentError(f"rounded: expected matrices that are written in blocks, got {name!r:.80}")
         block_size, block_bytes = block_geometry(weights)
         expected = (shapes[name][0], shapes[name][1] // block_size * block_bytes)

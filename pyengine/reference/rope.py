@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 
-def rope_table(inv_freq: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [num_positions, D/2] f32 of position * inv_freq, computed in float64."""
+def rope_table(inv_freq: Tensor, num_positions: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """scale * (cos, sin) [num_positions, D/2] f32 of position * inv_freq, computed in float64."""
     angle = torch.arange(num_positions, dtype=torch.float64)[:, None] * inv_freq.double()
-    return angle.cos().float(), angle.sin().float()
+    return (scale * angle.cos()).float(), (scale * angle.sin()).float()
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pyengine.errors import ArgumentError
@@ -53,7 +54,8 @@ CONFIG: dict[str, Any] = {
         ("granite", "attention_multiplier", {"attention_multiplier": "0.5"}),
         ("granite", "residual_multiplier", {"residual_multiplier": float("nan")}),
         ("granite", "logits_divisor", {"logits_scaling": 0.0}),
-        ("phi3", "rope_scaling.rope_type", {"rope_scaling": {"type": "longrope"}}),
+        ("phi3", "rope_scaling.short_factor", {"rope_scaling": {"type": "longrope"}}),
+        ("phi3", "rope_scaling.rope_type", {"rope_scaling": {"type": "yarn", "factor": 2.0}}),
         ("phi3", "partial_rotary_factor", {"partial_rotary_factor": 1.5}),
         ("phi3", "rope_parameters.partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": -0.5}}),
         (
@@ -62,6 +64,8 @@ CONFIG: dict[str, Any] = {
             {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}},
         ),
         ("phi3", "rotary_dim", {"partial_rotary_factor": 0.2}),
+        ("gemma", "hidden_activation", {"hidden_activation": "silu"}),
+        ("gemma", "hidden_act", {"hidden_act": ["gelu"]}),
         ("gemma3_text", "attn_logit_softcapping", {"attn_logit_softcapping": 50.0}),
         ("gemma3_text", "final_logit_softcapping", {"final_logit_softcapping": 30.0}),
         ("gemma3_text", "use_bidirectional_attention", {"use_bidirectional_attention": True}),
@@ -69,6 +73,39 @@ CONFIG: dict[str, Any] = {
         ("gemma3_text", "query_pre_attn_scalar", {"query_pre_attn_scalar": 0}),
         ("gemma3_text", "sliding_window_pattern", {"sliding_window_pattern": 0}),
         ("gemma3_text", "rope_parameters.rope_theta", {"rope_parameters": {"rope_theta": 1e4}}),
+        ("gpt2", "n_embd", {"n_embd": "64"}),
+        ("gpt2", "n_inner", {"n_inner": 2.5}),
+        ("gpt2", "activation_function", {"activation_function": "relu"}),
+        ("gpt2", "activation_function", {"activation_function": ["gelu"]}),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", "scale_attn_weights", {"scale_attn_weights": False}),
+        ("gpt2", "add_cross_attention", {"add_cross_attention": True}),
+        ("starcoder2", "hidden_act", {"hidden_act": "silu"}),
+        ("starcoder2", "use_bias", {"use_bias": 1}),
+        ("starcoder2", "sliding_window", {"sliding_window": 0}),
+        ("gpt_neox", "use_parallel_residual", {"use_parallel_residual": 1}),
+        ("gpt_neox", "rotary_emb_base", {"rotary_emb_base": "1e4"}),
+        ("gpt_neox", "partial_rotary_factor", {"rotary_pct": 2.0}),
+        ("gpt_neox", "hidden_act", {"hidden_act": "relu"}),
+        ("stablelm", "qk_layernorm", {"qk_layernorm": True}),
+        ("stablelm", "use_qkv_bias", {"use_qkv_bias": "yes"}),
+        ("stablelm", "partial_rotary_factor", {"partial_rotary_factor": -0.5}),
+        ("falcon", "alibi", {"alibi": True}),
+        ("falcon", "parallel_attn", {"parallel_attn": False, "new_decoder_architecture": True}),
+        ("falcon", "num_ln_in_parallel_attn", {"num_ln_in_parallel_attn": 2}),
+        ("falcon", "num_ln_in_parallel_attn", {"num_ln_in_parallel_attn": 3, "new_decoder_architecture": True}),
+        ("falcon", "num_kv_heads", {"num_kv_heads": 3, "new_decoder_architecture": True}),
+        ("falcon", "num_kv_heads", {"num_kv_heads": "2", "new_decoder_architecture": True}),
+        ("falcon", "multi_query", {"multi_query": "yes"}),
+        ("falcon", "ffn_hidden_size", {"ffn_hidden_size": "wide"}),
+        ("falcon", "activation", {"activation": "silu"}),
+        ("cohere", "use_qk_norm", {"use_qk_norm": True}),
+        ("cohere", "logit_scale", {"logit_scale": 0.0}),
+        ("cohere", "logit_scale", {"logit_scale": float("nan")}),
+        ("cohere", "hidden_act", {"hidden_act": "gelu"}),
+        ("cohere2", "sliding_window_pattern", {"sliding_window_pattern": 0}),
+        ("cohere2", "sliding_window", {"sliding_window": "4096"}),
+        ("cohere2", "layer_types", {"layer_types": ["full_attention"]}),
         ("olmo2", "clip_qkv", {"clip_qkv": 8.0}),
         ("olmo2", "hidden_act", {"hidden_act": "gelu"}),
     ],
@@ -88,9 +125,14 @@ def test_sizes_are_checked_before_they_are_used(model_type: str, value: int, key
     config = CONFIG | {"model_type": model_type, "head_dim": 16, key: value}
     if model_type == "gemma3_text":
         config["query_pre_attn_scalar"] = 16
-    with pytest.raises(ArgumentError, match=r"expected .*, got"):
-        spec_from_config(config)
+    if model_type in ("gpt_neox", "stablelm"):
+        config["partial_rotary_factor"] = 0.5
+    if model_type in ("gemma", "cohere", "cohere2"):
+        config["tie_word_embeddings"] = True
     family = next(family for family in FAMILIES if model_type in family.model_types)
+    if family.renamed_keys.get(key) != "":
+        with pytest.raises(ArgumentError, match=r"expected .*, got"):
+            spec_from_config(config)
     spec = spec_from_config(config | {key: 16} | ({"num_key_value_heads": 1} if "heads" in key else {}))
     if family.name == "llama":
         spec = replace(spec, sliding_window=None)
@@ -115,6 +157,24 @@ def test_sizes_are_checked_before_they_are_used(model_type: str, value: int, key
         ("gemma3_text", {"num_hidden_layers": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 168}),
         ("gemma3_text", {"num_hidden_layers": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
         ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
+        ("gemma", {"hidden_act": "gelu"}),
+        ("gpt2", {"n_inner": 96, "activation_function": "gelu"}),
+        (
+            "llama",
+            {
+                "original_max_position_embeddings": 64,
+                "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+            },
+        ),
+        ("starcoder2", {"use_bias": False, "sliding_window": 5}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 5e4, "use_parallel_residual": False}),
+        ("stablelm", {"partial_rotary_factor": 0.5, "rope_theta": 5e4, "use_qkv_bias": True}),
+        ("falcon", {"new_decoder_architecture": True}),
+        ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "num_kv_heads": 2}),
+        ("falcon", {"parallel_attn": False, "multi_query": False, "bias": True, "ffn_hidden_size": 96}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("cohere2", {"num_hidden_layers": 9, "sliding_window": 5}),
+        ("cohere2", {"sliding_window_pattern": 2}),
     ],
 )
 def test_a_config_that_says_little_means_what_it_means_to_transformers(model_type: str, extra: dict[str, Any]) -> None:
@@ -164,11 +224,17 @@ def test_a_field_that_config_json_cannot_say_is_named(family: str, field: str, o
         ("smollm3", "residual_scale", 0.5),
         ("gemma3", "attention.sliding_window", None),
         ("gemma3", "final_logit_softcapping", 30.0),
+        ("starcoder2", "attention.sliding_window", 8),
+        ("gpt2", "attention.layer_norm_epsilon", None),
+        ("falcon", "attention.layer_norm_epsilon", "1e-5"),
+        ("command-r", "logit_scale", 0.0),
+        ("cohere2", "attention.sliding_window", None),
     ],
 )
 def test_a_bad_gguf_key_is_named(family: str, key: str, value: Any) -> None:
-    model_type = "gemma3_text" if family == "gemma3" else family
-    spec = spec_from_config(CONFIG | {"model_type": model_type, "no_rope_layer_interval": 4})
+    model_type = {"gemma3": "gemma3_text", "command-r": "cohere"}.get(family, family)
+    tied = {"tie_word_embeddings": True} if "cohere" in model_type else {}
+    spec = spec_from_config(CONFIG | {"model_type": model_type, "no_rope_layer_interval": 4, "use_bias": True} | tied)
     metadata = gguf_metadata_from_spec(spec)
     names = family_of(spec).gguf_tensor_names(spec).values()
     # Norms in a GGUF file hold the sum of weight and offset.
@@ -190,3 +256,18 @@ def test_every_weight_lies_in_one_place(family: Any) -> None:
             for weight in weights:
                 shape = spec.tensor_shapes()[weight]
                 assert (places[weight].stop - places[weight].start, *shapes[stored][1:]) == shape
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_row_of_a_folder_is_in_one_weight(family: Any) -> None:
+    spec = spec_from_config(CONFIG | {"model_type": family.model_types[0]})
+    shapes, tensors = spec.tensor_shapes(), family.folder_tensors(spec)
+    assert sorted(name for tensor in tensors.values() for name in tensor.weights) == sorted(shapes)
+    orders = {name: rows for tensor in tensors.values() for name, rows in tensor.weights.items()}
+    first, second = (orders[f"model.layers.{layer}.self_attn.q_proj.weight"] for layer in (0, 1))
+    assert first is second or isinstance(first, slice), "layers share an order, however many there are"
+    for tensor in tensors.values():
+        upright = tensor.upright(np.arange(np.prod(tensor.shape)).reshape(tensor.shape))
+        parts = {name: upright[rows] for name, rows in tensor.weights.items()}
+        assert {name: part.shape for name, part in parts.items()} == {name: shapes[name] for name in parts}
+        np.testing.assert_array_equal(tensor.join(parts), np.arange(np.prod(tensor.shape)).reshape(tensor.shape))

@@ -106,12 +106,37 @@ def test_rope_dialects_agree_with_transformers(extra: dict[str, Any], rope: Rope
         ("eos_token_id", {"eos_token_id": "2"}),
         ("eos_token_ids[0]", {"eos_token_id": 512}),
         ("tie_word_embeddings", {"tie_word_embeddings": 1}),
-        ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+        ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}),
+        ("rope.scaling.beta_fast", {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0.5}}),
+        ("rope.scaling.attention_factor", {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": -1.0}}),
+        ("rope.scaling.factor", {"rope_scaling": {"type": "yarn", "factor": 0.5}}),
+        ("rope.scaling.factor", {"rope_scaling": {"type": "yarn", "factor": float("inf")}}),
+        ("rope.theta", {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}}),
+        ("rope_scaling.truncate", {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}),
+        ("rope_scaling.mscale", {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": -10.0}}),
+        (
+            "rope.scaling.original_max_position_embeddings",
+            {"original_max_position_embeddings": 10**400, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+        ),
+        ("rope_scaling.short_factor", {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}),
+        ("rope_scaling.long_factor", {"rope_scaling": {"type": "su", "short_factor": [1], "long_factor": [True]}}),
+        (
+            "rope.scaling.long_factors",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 9}},
+        ),
+        (
+            "rope.scaling.short_factors",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 7, "long_factor": [1.0] * 7}},
+        ),
+        (
+            "rope.scaling.short_factors[1]",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 0] * 4, "long_factor": [1.0] * 8}},
+        ),
         ("rope_scaling.rope_type", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
         ("rope_scaling.factor", {"rope_scaling": {"type": "linear"}}),
         ("rope_scaling.factor", {"rope_scaling": {"type": "default", "factor": 2.0}}),
         ("rope_scaling.mscale", {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1.0}}),
-        ("rope_parameters.rope_type", {"rope_parameters": {"rope_type": "longrope"}}),
+        ("rope_parameters.short_factor", {"rope_parameters": {"rope_type": "longrope"}}),
         ("rope_parameters.full_attention", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}),
         ("rope_parameters.partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
         ("rope_theta", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e5}}),
@@ -250,21 +275,31 @@ def test_real_file(smollm2_metadata: dict[str, Any], smollm2_tensors: dict[str, 
     assert spec_from_config(config_from_spec(spec)) == spec
 
 
-@pytest.mark.parametrize("rope_type", ["default", "linear", "llama3"])
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0 + 0.5 * i for i in range(16)],
+    "long_factor": [2 * i + 1 for i in range(16)],
+    "attention_factor": 1.25,
+}
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear", "llama3", "yarn", "longrope"])
 def test_gguf_metadata_round_trip(rope_type: str) -> None:
-    scaling = {"linear": {"factor": 4.0}, "llama3": LLAMA3_SCALING, "default": {}}[rope_type]
+    scaling = {"linear": {"factor": 4.0}, "llama3": LLAMA3_SCALING, "default": {}, "yarn": YARN, "longrope": LONGROPE}[
+        rope_type
+    ]
     parameters = {"rope_type": rope_type, "rope_theta": 5e5} | scaling
     config = CONFIG | {"rope_parameters": parameters, "head_dim": 32, "eos_token_id": [2, 5], "pad_token_id": 9}
     spec = spec_from_config(config)
-    factors = FAMILY.gguf_rope_freqs(spec)
-    extra = set() if factors is None else {"rope_freqs.weight"}
-    back = spec_from_gguf(gguf_metadata_from_spec(spec), gguf_names(spec) | extra, rope_freqs=factors)
+    factors = FAMILY.gguf_rope_factors(spec)
+    back = spec_from_gguf(gguf_metadata_from_spec(spec), gguf_names(spec) | set(factors), rope_factors=factors)
     if rope_type == "llama3":
         assert isinstance(back.rope.scaling, FactorScaling)
         # The factors pass through float32.
         np.testing.assert_allclose(back.inv_freq(), spec.inv_freq(), rtol=2.0**-24)
     else:
-        assert factors is None
+        assert len(factors) == (2 if rope_type == "longrope" else 0)
         assert back == spec
 
 
@@ -275,7 +310,9 @@ def test_gguf_metadata_round_trip(rope_type: str) -> None:
         ("llama.expert_count", 8),
         ("llama.rope.dimension_count", 8),
         ("llama.attention.value_length", 8),
-        ("llama.rope.scaling.type", "yarn"),
+        ("llama.rope.scaling.type", "dynamic"),
+        ("llama.rope.scaling.type", "longrope"),
+        ("llama.rope.scaling.attn_factor", 1.5),
         ("llama.block_count", -1),
         ("llama.block_count", 1 << 31),
         ("llama.attention.head_count", 0),

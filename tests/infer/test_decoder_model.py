@@ -11,7 +11,8 @@ OPTIONS = {
     "head_dim": 8, "rotary_dim": 8, "sliding_windows": [0, 4], "rope_tables": [0, -1], "norm_eps": 1e-5,
     "norm_weight_offset": 0.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_scale": 0.3,
     "tie_word_embeddings": True, "qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_norm": None,
-    "norm_placement": "pre", "gate_activation": "silu", "act_dtype": "float32", "product_input": "unrounded",
+    "norm": "rms", "norm_bias": False, "norm_placement": "pre", "parallel_blocks": False, "gated_mlp": True,
+    "activation": "silu", "num_learned_positions": 0, "act_dtype": "float32", "product_input": "unrounded",
     "capacity_bytes": 1 << 20,
 }  # fmt: skip
 
@@ -30,8 +31,19 @@ def make(**overrides):
         ({"rope_tables": [0, 0, 0]}, "rope_tables: expected 2 entries, one per layer, got 3"),
         ({"rope_tables": [0, 2]}, "rope_tables: expected -1, 0 or 1, got 2"),
         ({"qk_norm": "row"}, "qk_norm: expected None, 'head' or 'full', got 'row'"),
-        ({"norm_placement": "none"}, "norm_placement: expected 'pre', 'post' or 'both', got 'none'"),
-        ({"gate_activation": "relu"}, "gate_activation: expected 'silu' or 'gelu_tanh', got 'relu'"),
+        ({"norm_placement": "none"}, "norm_placement: expected 'pre', 'shared', 'post' or 'both', got 'none'"),
+        ({"norm_placement": "shared"}, "norm_placement: expected one for serial blocks, got 'shared'"),
+        (
+            {"norm_placement": "both", "parallel_blocks": True},
+            "norm_placement: expected one for parallel blocks, got 'both'",
+        ),
+        ({"norm": "batch"}, "norm: expected 'rms' or 'layer', got 'batch'"),
+        ({"norm": "layer", "qk_norm": "head"}, "norm: expected 'rms' beside .*, got 'layer'"),
+        ({"norm_bias": True}, "norm_bias: expected False beside 'rms', got True"),
+        ({"activation": "relu"}, "activation: expected 'silu' or 'gelu_tanh', got 'relu'"),
+        ({"activation": "gelu"}, "activation: expected 'silu' or 'gelu_tanh', got 'gelu'"),
+        ({"gated_mlp": False}, "activation: expected 'gelu' or 'gelu_tanh', got 'silu'"),
+        ({"num_learned_positions": -1}, r"num_learned_positions: expected 0 to 2\^28, got -1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -54,6 +66,9 @@ def test_bad_options_are_named(overrides, message):
         ("layers.0.o_bias", {"o_bias": True}, 16),
         ("layers.0.gate_up_bias", {"mlp_bias": True}, 64),
         ("layers.0.down_bias", {"mlp_bias": True}, 16),
+        ("norm_bias", {"norm": "layer", "norm_bias": True}, 16),
+        ("layers.1.mlp_norm_bias", {"norm": "layer", "norm_bias": True}, 16),
+        ("positions", {"num_learned_positions": 5}, 80),
     ],
 )
 def test_a_vector_has_its_width_and_only_some_models_have_it(slot, overrides, width):

@@ -4,6 +4,7 @@ float64 is exact, transformers in the same dtype the baseline.
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +16,11 @@ transformers = pytest.importorskip("transformers")
 from infer.test_same_bits import assert_same, options, run_batch, sequences  # noqa: E402
 from infer.test_training_parity import assert_parity, documents  # noqa: E402
 from infer.transformers_peer import greedy, logits, to_exact  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from pyengine import LLM, SamplingParams  # noqa: E402
 from pyengine.calibrate import round_to_calibration  # noqa: E402
-from pyengine.errors import ArgumentError  # noqa: E402
+from pyengine.errors import ArgumentError, ModelFileError  # noqa: E402
 from pyengine.families import FAMILIES, config_from_spec, family_of, gguf_metadata_from_spec, load_spec  # noqa: E402
 from pyengine.formats import open_gguf  # noqa: E402
 from pyengine.models import from_pretrained, save_pretrained  # noqa: E402
@@ -28,6 +30,8 @@ from pyengine.testing.tiny import tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.train
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+HALF = {"partial_rotary_factor": 0.5}
 TIED = {"tie_word_embeddings": True}
 MODELS = {
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -63,6 +67,8 @@ MODELS = {
     ),
     "olmo2": ("olmo2", {}),
     "olmo2_biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
+    "gemma": ("gemma", {"head_dim": 24}),
+    "gemma_biases": ("gemma", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
     "gemma3": (
         "gemma3_text",
         {
@@ -85,6 +91,85 @@ MODELS = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
             },
+        },
+    ),
+    "llama_yarn": ("llama", {"rope_parameters": YARN | {"factor": 4.0}}),
+    "qwen3_yarn": (
+        "qwen3",
+        {"head_dim": 32, "rope_parameters": YARN | {"factor": 3.0, "attention_factor": 0.7}},
+    ),
+    "llama_yarn_untruncated": (
+        "llama",
+        {
+            "rope_parameters": YARN
+            | {"factor": 6.0, "truncate": False, "beta_fast": 8.0, "beta_slow": 0.5}
+            | {"mscale": 0.7, "mscale_all_dim": 1.3}
+        },
+    ),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "head_dim": 16,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "attention_factor": 1.25,
+                "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 5.0, 7.0],
+                "long_factor": [1.0, 2.25, 3.5, 4.0, 9.5, 13.0, 25.0, 37.0],
+            },
+        },
+    ),
+    "gpt2": ("gpt2", {}),
+    "gpt2_wide": (
+        "gpt2",
+        {"n_inner": 96, "activation_function": "gelu", "tie_word_embeddings": False, "initializer_range": 0.3},
+    ),
+    "starcoder2": ("starcoder2", {}),
+    "starcoder2_windows": (
+        "starcoder2",
+        {"use_bias": False, "sliding_window": 19, "hidden_act": "gelu", "tie_word_embeddings": False},
+    ),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **HALF}}),
+    "gpt_neox_serial": (
+        "gpt_neox",
+        {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_pytorch_tanh", **TIED},
+    ),
+    "stablelm": ("stablelm", {"num_hidden_layers": 3}),
+    "stablelm_parallel": (
+        "stablelm",
+        {
+            "use_parallel_residual": True,
+            "use_qkv_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "falcon": ("falcon", {}),
+    "falcon_serial": (
+        "falcon",
+        {"parallel_attn": False, "multi_query": False, "bias": True, "ffn_hidden_size": 96},
+    ),
+    "falcon_two_norms": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False, "num_hidden_layers": 3},
+    ),
+    "falcon_groups": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True},
+    ),
+    "cohere": ("cohere", {"logit_scale": 0.375}),
+    "cohere_biases": (
+        "cohere",
+        {"attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": False, "head_dim": 24},
+    ),
+    "cohere2": ("cohere2", {"num_hidden_layers": 5, "sliding_window": 19, "logit_scale": 0.25}),
+    "cohere2_types": (
+        "cohere2",
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 33,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
         },
     ),
     "olmo2_tied": ("olmo2", TIED | {"num_hidden_layers": 3}),
@@ -152,6 +237,22 @@ def test_transformers_loads_what_we_save(tmp_path, name, dtype):
     assert load_spec(tmp_path / "ours") == load_spec(folder)
 
 
+@pytest.mark.parametrize("max_context", [None, 64])
+def test_the_context_of_a_model_chooses_the_factors_of_longrope(tmp_path, max_context):
+    """Transformers chooses by the length of the sequence: the same where that and the context lie on one side."""
+    model_type, overrides = MODELS["phi3_longrope"]
+    folder = tiny_model(tmp_path, model_type, **overrides | {"original_max_position_embeddings": 64})
+    llm, model = LLM(folder, max_context=max_context), from_pretrained(folder, max_context=max_context)
+    ids = random_ids(max_context or 150, 7)
+    exact = to_exact(load(folder), llm.spec, max_context)
+    got = torch.from_numpy(llm.logits(ids))
+    assert_accurate(got, logits(exact, ids), logits(load(folder), ids))
+    with torch.no_grad():
+        assert_same_bits(model(torch.tensor(ids)), got)
+    quantize_to_gguf(folder, tmp_path / "model.gguf", weights="float32", embedding="float32")
+    assert LLM(tmp_path / "model.gguf", max_context=max_context).logits(ids).tobytes() == got.numpy().tobytes()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_gives_the_bits_of_serving(tmp_path, name, dtype):
@@ -182,10 +283,13 @@ def test_gradients_are_those_of_transformers(tmp_path, name):
         torch.nn.functional.cross_entropy(out, ids[0, 1:], reduction="sum").backward()
     targets = torch.cat([ids[:, 1:], torch.tensor([[-100]])], 1)
     model(ids, targets=targets).sum().backward()
-    stored = family_of(model.spec).folder_tensor_names(model.spec)
-    grads: dict[str, list[torch.Tensor]] = {}
-    for key, parameter in model.named_parameters():
-        grads.setdefault(stored[key], []).append(parameter.grad)
+    own = {key: parameter.grad.numpy() for key, parameter in model.named_parameters()}
+    # Transformers renames this one between file and module.
+    renamed = {"embed_out.weight": "lm_head.weight"}
+    grads = {
+        renamed.get(stored, stored): torch.from_numpy(tensor.join({key: own[key] for key in tensor.weights}))
+        for stored, tensor in family_of(model.spec).folder_tensors(model.spec).items()
+    }
     exact_grads, peer_grads = (
         {key: parameter.grad for key, parameter in other.named_parameters()} for other in (exact_model, peer)
     )
@@ -197,11 +301,20 @@ def test_gradients_are_those_of_transformers(tmp_path, name):
     def pooled(values):
         return torch.cat([(values[key].double() / scale[key]).flatten() for key in scale])
 
-    got = pooled({key: torch.cat(parts) for key, parts in grads.items()})
+    got = pooled(grads)
     assert_accurate(got.float(), pooled(exact_grads), pooled(peer_grads).float())
 
 
 GGUF_CANNOT_SAY = {
+    "gemma_biases": "tie_word_embeddings",
+    "llama_yarn_untruncated": "rope",
+    "gpt2_wide": "activation",
+    "starcoder2_windows": "sliding_window",
+    "gpt_neox_serial": "tie_word_embeddings",
+    "falcon_serial": "qkv_bias",
+    "falcon_groups": "qkv_bias",
+    "cohere_biases": "tie_word_embeddings",
+    "cohere2_types": "qkv_bias",
     "gemma3_scaled": "full_attention_layers",
     "qwen2_windows": "sliding_window",
     "qwen3_biases": "qkv_bias",
@@ -232,6 +345,19 @@ def test_gguf_holds_the_model(tmp_path, name, weights):
             assert_same_bits(value, expected + offset if key.endswith("norm.weight") else expected)
 
 
+@pytest.mark.parametrize("weights", ["q8_0", "q4_1"])
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "falcon_two_norms", "cohere", "stablelm"])
+def test_blocks_are_multiplied_at_their_values(tmp_path, name, weights):
+    """The products of blocks prepare their input beside it: transformers has the same values in plain matrices."""
+    out = tmp_path / "model.gguf"
+    quantize_to_gguf(make(tmp_path / "model", name), out, weights=weights, embedding=weights)
+    save_pretrained(from_pretrained(out), tmp_path / "values")
+    llm, ids = LLM(out), random_ids(70, 6)
+    got = torch.from_numpy(llm.logits(ids))
+    exact = to_exact(load(tmp_path / "values"), llm.spec)
+    assert_accurate(got, logits(exact, ids), logits(load(tmp_path / "values"), ids))
+
+
 @pytest.mark.parametrize("name", ["granite", "phi3", "olmo2", "gemma3"])
 def test_rounding_to_calibration_reaches_the_file(tmp_path, name):
     """The file computes what the rounded model computes, and other than rounding to nearest does."""
@@ -253,7 +379,7 @@ def test_gguf_names_are_those_of_the_gguf_package(tmp_path, name):
     gguf = pytest.importorskip("gguf")
     spec = load_spec(make(tmp_path, name))
     family = family_of(spec)
-    architecture = gguf.MODEL_ARCH[family.gguf_architecture.upper()]
+    architecture = gguf.MODEL_ARCH[family.gguf_architecture.upper().replace("-", "_")]
     oracle = gguf.get_tensor_name_map(architecture, spec.num_layers)
     names, folder_names = family.gguf_tensor_names(spec), family.folder_tensor_names(spec)
     for key in spec.tensor_shapes():
@@ -299,6 +425,31 @@ def test_what_gguf_cannot_say_is_an_error(tmp_path, name, field):
         gguf_metadata_from_spec(load_spec(make(tmp_path, name)))
 
 
+def test_older_folders_of_gpt2_leave_a_prefix_away_and_hold_masks(tmp_path):
+    folder = make(tmp_path / "new", "gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 256, 256).tril() for layer in range(2)}
+    shutil.copytree(folder, tmp_path / "old")
+    save_file(old | masks, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    ids = random_ids(40, 8)
+    expected = LLM(folder).logits(ids)
+    assert LLM(tmp_path / "old").logits(ids).tobytes() == expected.tobytes()
+    with torch.no_grad():
+        assert_same_bits(from_pretrained(tmp_path / "old")(torch.tensor(ids)), torch.from_numpy(expected))
+    del old["h.1.ln_2.bias"]
+    save_file(old, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    for read in (LLM, from_pretrained):
+        with pytest.raises(ModelFileError, match=r"h\.1\.ln_2\.bias"):
+            read(tmp_path / "old")
+
+
+def test_a_context_shorter_than_the_model_reads_the_positions_it_needs(tmp_path):
+    folder = make(tmp_path, "gpt2")
+    ids = random_ids(20, 8)
+    assert LLM(folder, max_context=20).logits(ids).tobytes() == LLM(folder).logits(ids).tobytes()
+
+
 def test_what_config_json_cannot_say_leaves_no_file(tmp_path):
     quantize_to_gguf(make(tmp_path / "model", "gemma3"), tmp_path / "model.gguf", weights="q8_0")
     with pytest.raises(
@@ -308,10 +459,10 @@ def test_what_config_json_cannot_say_leaves_no_file(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("extra", ["blk.0.attn_q.bias", "blk.1.attn_sinks.weight", "rope_factors_long.weight"])
+@pytest.mark.parametrize("extra", ["blk.0.attn_q.bias", "blk.1.attn_sinks.weight", "position_embd.weight"])
 def test_a_tensor_that_is_not_computed_is_an_error(tmp_path, extra):
     folder = make(tmp_path / "model", "qwen3")
     quantize_to_gguf(folder, tmp_path / "model.gguf", weights="float32", embedding="float32")
     reader = open_gguf(tmp_path / "model.gguf")
     with pytest.raises(ArgumentError, match=rf"^tensor_names: expected no .*, got '{extra}'"):
-        family_of(load_spec(folder)).spec_from_gguf(reader.metadata, {*reader, extra}, None)
+        family_of(load_spec(folder)).spec_from_gguf(reader.metadata, {*reader, extra}, {})

@@ -8,32 +8,50 @@ import transformers
 class _ExactRotary(torch.nn.Module):
     """cos and sin in float64; transformers computes them in float32 whatever the dtype of the model."""
 
-    def __init__(self, tables):
+    def __init__(self, tables, is_interleaved):
         super().__init__()
-        self.tables = [torch.as_tensor(inv_freq, dtype=torch.float64) for inv_freq in tables]
+        self.is_interleaved = is_interleaved
+        self.tables = [(torch.as_tensor(inv_freq, dtype=torch.float64), factor) for inv_freq, factor in tables]
 
     def forward(self, x, position_ids, layer_type="full_attention"):
-        table = self.tables[-1 if layer_type == "sliding_attention" else 0]
+        table, factor = self.tables[-1 if layer_type == "sliding_attention" else 0]
         angle = position_ids[..., None].double() * table
-        angle = torch.cat([angle, angle], -1)
-        return angle.cos(), angle.sin()
+        angle = angle.repeat_interleave(2, -1) if self.is_interleaved else torch.cat([angle, angle], -1)
+        return factor * angle.cos(), factor * angle.sin()
 
 
-def to_exact(model, spec):
+def _check_tables(rotary, tables, context_length):
+    """`tables` are what the rotary module of transformers computes for a sequence of `context_length` tokens."""
+    last = torch.tensor([[context_length - 1]])
+    for (inv_freq, factor), kind in zip(tables, ("full_attention", "sliding_attention"), strict=False):
+        names = {} if hasattr(rotary, "inv_freq") else {"layer_type": kind}
+        cos, sin = rotary(torch.zeros(1), last, **names)
+        prefix = "" if not names else f"{kind}_"
+        np.testing.assert_allclose(getattr(rotary, f"{prefix}inv_freq").numpy(), inv_freq, rtol=5e-7)
+        np.testing.assert_allclose(torch.hypot(cos, sin).numpy(), factor, rtol=5e-7)
+
+
+def to_exact(model, spec, context_length=None):
     """Turns `model` into float64, in place. Its norms and its rotary table, which stay in float32, are replaced."""
-    rotary = model.model.rotary_emb
-    names = ["inv_freq"] if hasattr(rotary, "inv_freq") else ["full_attention_inv_freq", "sliding_attention_inv_freq"]
-    for name, inv_freq in zip(names, spec.rope_tables(), strict=True):
-        np.testing.assert_allclose(getattr(rotary, name).numpy(), inv_freq, rtol=5e-7)
+    body = model.base_model
+    if hasattr(body, "rotary_emb"):
+        tables = spec.rope_tables(context_length)
+        _check_tables(body.rotary_emb, tables, context_length or spec.max_position_embeddings)
+        body.rotary_emb = _ExactRotary(tables, "Cohere" in type(body.rotary_emb).__name__)
     model = model.double()
-    model.model.rotary_emb = _ExactRotary(spec.rope_tables())
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child).__name__.endswith("RMSNorm"):
+            kind = type(child).__name__
+            if kind.endswith("RMSNorm"):
                 # Gemma has an `eps`, and adds 1 to the weight.
                 eps = getattr(child, "variance_epsilon", None) or child.eps
                 norm = torch.nn.RMSNorm(child.weight.shape, eps=eps, dtype=torch.float64)
                 norm.weight = torch.nn.Parameter(child.weight.detach() + 1.0) if hasattr(child, "eps") else child.weight
+                setattr(module, name, norm)
+            elif kind.endswith("LayerNorm") and kind != "LayerNorm":
+                eps = child.variance_epsilon
+                norm = torch.nn.LayerNorm(child.weight.shape, eps=eps, bias=False, dtype=torch.float64)
+                norm.weight = child.weight
                 setattr(module, name, norm)
     # The eager softmax rounds to float32 too; this one does not.
     model.set_attn_implementation("sdpa")

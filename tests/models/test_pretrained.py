@@ -89,8 +89,7 @@ def write_tiny_gguf(path, model):
     for name, value in model.state_dict().items():
         array, order = value.numpy(), family.gguf_row_order(model.spec, name)
         tensors[names[name]] = array if order is None else array[np.argsort(order)]
-    if (freqs := family.gguf_rope_freqs(model.spec)) is not None:
-        tensors["rope_freqs.weight"] = freqs
+    tensors |= family.gguf_rope_factors(model.spec)
     write_gguf(path, gguf_metadata_from_spec(model.spec), tensors)
 
 

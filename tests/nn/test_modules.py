@@ -2,7 +2,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from pyengine.nn import Embedding, Linear, RMSNorm, SwiGluMlp  # noqa: E402
+from pyengine.nn import Embedding, LayerNorm, Linear, PlainMlp, RMSNorm, SwiGluMlp  # noqa: E402
 from pyengine.testing import assert_accurate, assert_same_bits, force_num_threads  # noqa: E402
 
 pytestmark = pytest.mark.train
@@ -82,3 +82,37 @@ def test_rms_norm_adds_the_residual():
 def test_parameter_names():
     assert list(SwiGluMlp(4, 8).state_dict()) == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
     assert "in_features=24, out_features=10" in repr(Linear(24, 10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_equals_torch(dtype, bias):
+    torch.manual_seed(0)
+    module, x, residual = filled(LayerNorm(24, eps=1e-3, bias=bias)), torch.randn(7, 24), torch.randn(7, 24)
+
+    def peer(x, residual, to):
+        weight, shift = (None if p is None else p.detach().to(to) for p in (module.weight, module.bias))
+        h = x.to(to) + residual.to(to)
+        return torch.nn.functional.layer_norm(h, (24,), weight / 2, None if shift is None else shift, 1e-3), h
+
+    x, residual = x.to(dtype), residual.to(dtype)
+    module = module.to(dtype)
+    y, h = module(x, residual, weight_divisor=2.0)
+    assert_same_bits(h, x + residual)
+    assert_accurate(y, peer(h, torch.zeros_like(h), torch.float64)[0], peer(h, torch.zeros_like(h), dtype)[0])
+    assert_same_bits(module(h)[0], module(x, residual)[0])
+    assert set(dict(module.named_parameters())) == ({"weight", "bias"} if bias else {"weight"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("activation", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh")])
+def test_plain_mlp_equals_torch(dtype, activation, approximate):
+    torch.manual_seed(0)
+    mlp, x = filled(PlainMlp(24, 40, activation=activation, bias=True)).to(dtype), torch.randn(7, 24).to(dtype)
+
+    def peer(to):
+        up, down = ((p.weight.detach().to(to), p.bias.detach().to(to)) for p in (mlp.up_proj, mlp.down_proj))
+        hidden = torch.nn.functional.gelu(torch.nn.functional.linear(x.to(to), *up), approximate=approximate)
+        return torch.nn.functional.linear(hidden, *down)
+
+    assert_accurate(mlp(x), peer(torch.float64), peer(dtype))

@@ -3,8 +3,8 @@
 // Math       c = cos[positions[t],i], s = sin[positions[t],i] (s = -sin[...] when inverse), 0 <= i < D/2
 //            y[t,h,i]       = x[t,h,i] * c - x[t,h,i+D/2] * s
 //            y[t,h,i+D/2]   = x[t,h,i+D/2] * c + x[t,h,i] * s
-// Backward   the same rotation of grad_y by the opposite angle: inverse flipped
-// Tables     rope_table: cos[p,i], sin[p,i] = cos, sin(p * inv_freq[i]), in double, rounded once to f32
+// Backward   the same rotation of grad_y by the opposite angle: inverse flipped; also where the tables are scaled
+// Tables     rope_table: cos[p,i], sin[p,i] = scale * cos, sin(p * inv_freq[i]), in double, rounded once to f32
 // Shapes     x, y [T, H, D]: D even, last dimension contiguous, token and head strides in elements
 //            cos, sin [P, D/2] f32 contiguous; positions [T] int32, each in [0, P); inv_freq [D/2] f64
 // Numerics   f32 | bf16 in and out; two products and one sum in f32, no fused multiply-add; one rounding, at the store
@@ -37,7 +37,8 @@ void rope_cpu(const Rope& args);
 void rope_cuda(const Rope& args, void* stream);
 
 // cos_out, sin_out [num_positions, num_freqs].
-void rope_table(const double* inv_freq, int64_t num_freqs, int64_t num_positions, float* cos_out, float* sin_out);
+void rope_table(const double* inv_freq, int64_t num_freqs, int64_t num_positions, double scale, float* cos_out,
+                float* sin_out);
 
 // What one ISA level provides. Positions are valid; threads are the caller's business.
 struct RopeIsa {
