@@ -48,6 +48,7 @@ RESULTS = HERE / "results/compare_inference.jsonl"
 NUM_WARM = 3
 NUM_KL_TOKENS = 512
 LONG = 2048
+MODES = ("exact", "bf16", "fast")
 
 
 def main() -> None:
@@ -109,7 +110,7 @@ def pyengine_worker(args: argparse.Namespace, mode: str, kv_dtype: str = "bfloat
 
 
 def start_workers(stack: ExitStack, args: argparse.Namespace) -> list[Worker]:
-    workers = [stack.enter_context(pyengine_worker(args, mode)) for mode in ("exact", "fast")]
+    workers = [stack.enter_context(pyengine_worker(args, mode)) for mode in MODES]
     if args.llama_python:
         command = [args.llama_python, str(HERE / "peers/llama_cpp_peer.py"), "--model", str(args.model)]
         workers.append(stack.enter_context(Worker(BASE, [*command, "--threads", str(args.threads)])))

@@ -103,7 +103,7 @@ def start_workers(stack: ExitStack, args: argparse.Namespace) -> list[Worker]:
     """Each engine without and with speculation."""
     own = {"PYTHONPATH": str(HERE.parent)}
     commands: list[tuple[str, str, str, list[str], dict[str, str]]] = []
-    for mode in ("exact", "fast"):
+    for mode in ("exact", "bf16", "fast"):
         options = [f"mode={mode}", "kv_dtype=bfloat16"]
         commands += [
             (f"pyengine {mode}", sys.executable, "pyengine_peer", options, own),
@@ -140,7 +140,7 @@ def check_answers(workers: list[Worker], inputs: dict[str, list[list[int]]], arg
     names = [name for name in inputs if re.search(args.only, name)]
     for name in names:
         for prompt in inputs[name][: 1 if args.quick else None]:
-            for mode in ("exact", "fast"):
+            for mode in ("exact", "bf16", "fast"):
                 plain, lookup = (
                     by_name[f"pyengine {mode}{end}"]("answer", prompt=prompt, num_tokens=NUM_TOKENS)
                     for end in ("", LOOKUP)

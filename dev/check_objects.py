@@ -1,8 +1,9 @@
-"""An ISA object exports only names of its own namespace and runs no code at load time.
+"""An ISA object exports only names of its own namespace, runs no code at load time and leaves the x87 unit alone.
 
 Usage: python dev/check_objects.py avx512 build/dev/CMakeFiles/pyengine_core_avx512.dir/csrc/cpu/*.o
 """
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ def problems(path: str, isa: str) -> Iterator[str]:
             yield f"{path}: {name} is a shared inline copy; the linker may give it to baseline code"
         elif kind.isupper() and not name.startswith((own, constants)):
             yield f"{path}: {name} is exported from outside pe::{isa}"
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True)
+    if match := re.search(r".*%mm[0-7].*", code.stdout):
+        yield f"{path}: uses an MMX register, which breaks the long doubles of the calling thread: {match[0].strip()}"
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def test_isa_objects_are_clean():
         ("template <class T> T twice(T x) { return x + x; } template int twice(int);", "shared inline copy"),
         ("int leak(int x) { return x; }", "exported from outside"),
         ("int f(); int value = f();", "runs at load time"),
+        ('void mix() { asm volatile("movdq2q %%xmm0, %%mm0" ::: "mm0"); }', "MMX register"),
     ],
 )
 def test_checker_sees_planted_mistakes(tmp_path, source, complaint):

@@ -17,6 +17,7 @@ namespace {
 constexpr IsaEntry<MatmulIsa> kIsas[] = {
 #if defined(__x86_64__)
     {Isa::amx, &amx::matmul},
+    {Isa::avx512_bf16, &avx512_bf16::matmul},
 #endif
     PE_ISA_ENTRIES_VECTOR(matmul)};
 // Whole tiles of rows at every ISA level.

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "pe/matmul.h"
+#include "simd/bf16_pairs.h"
 #include "simd/tile.h"
 #include "simd/transpose.h"
 
@@ -34,27 +35,14 @@ struct Block {
 
 // --- w --------------------------------------------------------------------------------------------------------------
 
-// Elements 0 ... 15 and 16 ... 31 in turn.
-__m512i interleave(__m512i two_rows) {
-  const __m512i order =
-      _mm512_setr_epi32(16 << 16 | 0, 17 << 16 | 1, 18 << 16 | 2, 19 << 16 | 3, 20 << 16 | 4, 21 << 16 | 5,
-                        22 << 16 | 6, 23 << 16 | 7, 24 << 16 | 8, 25 << 16 | 9, 26 << 16 | 10, 27 << 16 | 11,
-                        28 << 16 | 12, 29 << 16 | 13, 30 << 16 | 14, 31 << 16 | 15);
-  return _mm512_permutexvar_epi16(order, two_rows);
-}
-
 // `depth` rows of a panel as right operands, zeros behind them; fetches what comes `ahead` of them.
 void interleave_panel(const bf16* panel, int64_t depth, int64_t ahead, TileBf16* tiles) {
   bf16* to = tiles[0][0];
   for (int64_t k = 0; k < steps_of(depth) * kDepth; k += 2, to += kDepth) {
     const bf16* from = panel + k * kMatmulPanel;
-    __m512i rows = _mm512_setzero_si512();
-    if (k + 2 <= depth)
-      rows = _mm512_loadu_si512(from);
-    else if (k < depth)
-      rows = _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    const __m512i rows = k + 2 <= depth ? load_32(from) : k < depth ? load_16(from) : _mm512_setzero_si512();
     __builtin_prefetch(from + ahead);
-    _mm512_store_si512(to, interleave(rows));
+    _mm512_store_si512(to, interleave_halves(rows));
   }
 }
 
@@ -79,7 +67,7 @@ void transpose_columns(const Matmul& a, const bf16* x, int64_t num_rows, int64_t
   VecF pairs[16];
   for (int64_t i = 0; i < 16; ++i)
     pairs[i].v = _mm512_castsi512_ps(
-        interleave(_mm512_inserti64x4(_mm512_castsi256_si512(column(2 * i)), column(2 * i + 1), 1)));
+        interleave_halves(_mm512_inserti64x4(_mm512_castsi256_si512(column(2 * i)), column(2 * i + 1), 1)));
   transpose_square(pairs);
   for (int64_t i = 0; i < 16; ++i) _mm512_store_ps(tile[i], pairs[i].v);
 }

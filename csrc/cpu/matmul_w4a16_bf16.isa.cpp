@@ -1,6 +1,7 @@
 // ISA: avx512_bf16
 #include "pe/matmul_w4a16.h"
 #include "simd/bf16_codes.h"
+#include "simd/bf16_pairs.h"
 #include "simd/panel_store.h"
 #include "simd/unroll.h"
 #include "simd/w4a16_group.h"
@@ -65,18 +66,12 @@ template <BlockFormat format>
 
 // --- products -------------------------------------------------------------------------------------------------------
 
-[[gnu::always_inline]] inline __m512 add_pair(__m512 sum, __m512i codes, const bf16* x) {
-  int32_t both;
-  memcpy(&both, x, sizeof both);
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(codes), reinterpret_cast<__m512bh>(_mm512_set1_epi32(both)));
-}
-
 // s[r][part]: scale group `part` of rows x, x + x_row_stride, ...: the only place where codes meet activations.
 template <int num_rows, int parts>
 [[gnu::always_inline]] inline void dot_group(const GroupCodes& codes, const bf16* x, int64_t x_row_stride,
                                              PanelF (&s)[num_rows][parts]) {
-  __m512 sum[num_rows][2];
-  PE_UNROLL for (int r = 0; r < num_rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+  VecF sum[num_rows][2];
+  PE_UNROLL for (int r = 0; r < num_rows; ++r) sum[r][0] = sum[r][1] = set1(0.0f);
   PE_UNROLL for (int i = 0; i < kPairs; ++i) {
     PE_UNROLL for (int r = 0; r < num_rows; ++r) {
       PE_UNROLL for (int half = 0; half < 2; ++half) {
@@ -86,10 +81,10 @@ template <int num_rows, int parts>
   }
   PE_UNROLL for (int r = 0; r < num_rows; ++r) {
     if constexpr (parts == 1) {
-      s[r][0].part[0].v = _mm512_add_ps(sum[r][0], sum[r][1]);
+      s[r][0].part[0] = add(sum[r][0], sum[r][1]);
     } else {
-      s[r][0].part[0].v = sum[r][0];
-      s[r][1].part[0].v = sum[r][1];
+      s[r][0].part[0] = sum[r][0];
+      s[r][1].part[0] = sum[r][1];
     }
   }
 }

@@ -2,9 +2,11 @@
 // elements of one row: neighbours in d for scores, keys 2i and 2i + 1 by absolute index for values. Included by
 // simd/attention_rows.h.
 #pragma once
-#include <string.h>
-
 #include "simd/unroll.h"
+
+#if defined(__AVX512BF16__)
+#include "simd/bf16_pairs.h"
+#endif
 
 namespace pe::PE_ISA {
 
@@ -17,23 +19,6 @@ constexpr bool kBf16Pairs = false;
 #if defined(__AVX512BF16__)
 
 constexpr int64_t kPairVec = 32;  // elements of one row that a vector holds
-
-// sum + the products of `pairs` with the two elements at x.
-[[gnu::always_inline]] static inline VecF add_pair(VecF sum, __m512i pairs, const bf16* x) {
-  int32_t both;
-  memcpy(&both, x, sizeof both);
-  return {
-      _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(pairs), reinterpret_cast<__m512bh>(_mm512_set1_epi32(both)))};
-}
-
-// Elements 0 ... 15 and 16 ... 31 in turn.
-[[gnu::always_inline]] static inline __m512i interleave_halves(__m512i two_rows) {
-  const __m512i order =
-      _mm512_setr_epi32(16 << 16 | 0, 17 << 16 | 1, 18 << 16 | 2, 19 << 16 | 3, 20 << 16 | 4, 21 << 16 | 5,
-                        22 << 16 | 6, 23 << 16 | 7, 24 << 16 | 8, 25 << 16 | 9, 26 << 16 | 10, 27 << 16 | 11,
-                        28 << 16 | 12, 29 << 16 | 13, 30 << 16 | 14, 31 << 16 | 15);
-  return _mm512_permutexvar_epi16(order, two_rows);
-}
 
 // As the dot_vecs of floats. A last odd d is paired with zero; rows are zero behind it.
 template <int R, int N>
@@ -51,11 +36,8 @@ static inline void dot_vecs(const bf16* const* rows, const bf16* const* lanes, c
       PE_UNROLL for (int n = 0; n < N; ++n) acc[r][n] = add_pair(acc[r][n], key[n], rows[r] + d);
     }
   };
-  for (int64_t d = begin; d + 2 <= end; d += 2) add_step(d, [](const bf16* p) { return _mm512_loadu_si512(p); });
-  if ((end - begin) % 2)
-    add_step(end - 1, [](const bf16* p) {
-      return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    });
+  for (int64_t d = begin; d + 2 <= end; d += 2) add_step(d, load_32);
+  if ((end - begin) % 2) add_step(end - 1, load_16);
   PE_UNROLL for (int r = 0; r < R; ++r) {
     PE_UNROLL for (int n = 0; n < N; ++n) {
       float* score = scores[r] + n * VecF::size;

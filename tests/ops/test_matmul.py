@@ -119,8 +119,13 @@ def test_adds_in_the_order_of_the_contract(isa):
         end = min(begin + 32, 601)
         tiles += _chain(left, right, range(begin, end, 2)) + _chain(left, right, range(begin + 1, end, 2))
     assert (tiles != vectors).any()
+    pairs = np.zeros((14, 37), np.float32)
+    for begin in range(0, 601, 256):
+        end = min(begin + 256, 601)
+        pairs += _chain(left, right, [k for i in range(begin, end, 2) for k in (i + 1, i) if k < end])
     for dtype in DTYPES:
-        expected = tiles if (isa, dtype) == ("amx", torch.bfloat16) else vectors
+        of_bf16 = {"amx": tiles, "avx512_bf16": pairs}.get(isa, vectors)
+        expected = of_bf16 if dtype == torch.bfloat16 else vectors
         got = matmul(x.to(dtype), w.to(dtype), out_dtype=torch.float32)
         assert_same_bits(got, torch.from_numpy(expected))
 
@@ -207,8 +212,8 @@ def test_packed_product_mixes_dtypes(isa, x_dtype, w_dtype, y_dtype):
     x, w = torch.randn(9, 300).to(x_dtype), torch.randn(100, 300).to(w_dtype)
     y = torch.empty(9, 100, dtype=y_dtype)
     _C.matmul_cpu(x, _pack(w), y)
-    tiles = isa == "amx" and x_dtype == w_dtype == torch.bfloat16
-    expected = matmul(x, w, out_dtype=torch.float32) if tiles else matmul(x.float(), w.float())
+    has_own_order = isa in ("avx512_bf16", "amx") and x_dtype == w_dtype == torch.bfloat16
+    expected = matmul(x, w, out_dtype=torch.float32) if has_own_order else matmul(x.float(), w.float())
     assert_same_bits(y, expected.to(y_dtype))
 
 

@@ -10,6 +10,8 @@
 // Order      each y[m,n] is one fixed expression, whatever M, N, threads and split: K is cut at multiples of
 //            kMatmulKBlock; a block is one chain of fused multiply-adds from 0 with k ascending; the block sums are
 //            added to 0 (accumulate: to y) in ascending order. The scalar level rounds the product before the addition.
+//            Level avx512_bf16, x and w bf16: a block is one chain in the order 1 0, 3 2, 5 4, ... of its k; subnormal
+//            operands and sums count as zero (the pairs of VDPBF16PS)
 //            Level amx, x and w bf16: K is cut at multiples of 32; a block is (the chain of its even k) + (that of its
 //            odd k); subnormal operands, sums and y count as zero
 // Cost       2*M*N*K flops. Small M is bound by reading packed once, large M by the multipliers. matmul_unpacked_cpu
