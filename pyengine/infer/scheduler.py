@@ -231,6 +231,7 @@ class Scheduler:
         plan: dict[W, list[int]] = {}
         num_preemptions = self.stats.num_preemptions
         can_start = True
+        blocked, _ = self._blocked
         first_pages: set[FirstPage] = set()
         # One token for each that decodes, then chunks of prompts, of those that run and those that can start.
         decoding = [s for s in self._running if s.num_tokens - s.num_cached == 1]
@@ -241,6 +242,8 @@ class Scheduler:
             if budget == 0:
                 break
             if not isinstance(sequence, kind):
+                # Pages that come free are for the first that waits for them, in whoever's turn.
+                can_start = can_start and (sequence.slot is not None or sequence is not blocked)
                 continue
             if sequence.slot is None:
                 # One that has just given its pages back would take them again.

@@ -13,6 +13,7 @@ from pyengine import LLM, SamplingParams
 from pyengine.errors import ArgumentError, CapacityError
 from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.scheduler import MAX_RUNNING
+from pyengine.infer.reading import TargetReading
 
 PAGE = 16
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -120,6 +121,46 @@ def test_bad_priorities(tiny, priority):
 
 
 def test_more_sequences_than_run_at_once(tiny, monkeypatch):
+@pytest.mark.parametrize("waits", ["text", "reading"])
+def test_who_waits_for_pages_is_not_overtaken_by_the_other_kind(tiny, waits):
+    """A long prompt of one kind among short ones of the other, which always keep some pages."""
+    llm = engine(tiny, cache_tokens=8 * PAGE, max_batch_tokens=32)
+    num_short = 0
+
+    def short():
+        nonlocal num_short
+        num_short += 1
+        prompt = [num_short % 384] * 47
+        if waits == "reading":
+            return add(llm, prompt, SamplingParams(max_tokens=2 + num_short % 3, ignore_eos=True))
+        reading = TargetReading(token_ids=prompt, first=0, targets=prompt)
+        llm._scheduler.add(reading)
+        return reading
+
+    others = []
+
+    def step():
+        nonlocal others
+        llm._scheduler.step()
+        others = [work for work in others if not work.has_ended]
+        others += [short() for _ in range(4 - len(others))]
+
+    for _ in range(20):
+        step()
+    if waits == "text":
+        long = add(llm, [7] * 120, SamplingParams(max_tokens=1, ignore_eos=True))
+    else:
+        long = TargetReading(token_ids=[7] * 120, first=0, targets=[7] * 120)
+        llm._scheduler.add(long)
+    num_before = num_short
+    while not long.has_ended and num_short < 200:
+        step()
+    # Those that came before it end, and some start while it runs and has not asked for all its pages.
+    assert num_short - num_before <= 12
+    run(llm)
+    assert free_pages(llm) == 8
+
+
     llm = engine(tiny, cache_tokens=8192, max_batch_tokens=1024)
     most = []
     spy(llm, monkeypatch, lambda token_ids, slots, rows: most.append(len(rows)))
