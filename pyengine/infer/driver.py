@@ -10,7 +10,7 @@ from typing import TypeVar
 from pyengine.infer.engine_lock import EngineLock
 from pyengine.infer.outputs import TextPiece
 from pyengine.infer.reading import Reading
-from pyengine.infer.scheduler import MAX_RUNNING, Scheduler
+from pyengine.infer.scheduler import MAX_RUNNING, Scheduler, Work
 from pyengine.infer.sequence import KeptPages, Sequence
 
 R = TypeVar("R", bound=Reading)
@@ -63,16 +63,14 @@ class Driver:
 
     @contextlib.contextmanager
     def _submitted(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Queues sequences; takes back what is left of them at the end."""
+        """Queues sequences; takes back what is left of them at the end, which garbage collection may bring about."""
         with self._lock:
             for sequence in sequences:
                 self._scheduler.add(sequence)
         try:
             yield
         finally:
-            with self._lock:
-                for sequence in sequences:
-                    self._scheduler.cancel(sequence)
+            self._cancel(sequences)
 
     def read(self, readings: Iterable[R]) -> Iterator[R]:
         """The readings in their order, each when it has ended; `readings` is asked for more as they leave.
@@ -108,9 +106,14 @@ class Driver:
             if not isinstance(end, StopIteration):
                 raise end
         finally:
-            with self._lock:
-                for reading in window:
-                    self._scheduler.cancel(reading)
+            self._cancel(window)
+
+    def _cancel(self, works: Iterable[Work]) -> None:
+        def cancel() -> None:
+            for work in works:
+                self._scheduler.cancel(work)
+
+        self._lock.run_soon(cancel)
 
     def drop(self, pages: Iterable[KeptPages]) -> None:
         """Give back pages that sequences left behind."""

@@ -94,8 +94,7 @@ class EngineThread:
         try:
             yield place
         finally:
-            with self._lock:
-                self._places.discard(place)
+            self._lock.run_soon(lambda: self._places.discard(place))
             self._messages.put((place, False))
 
     def submit(self, place: Place) -> None:

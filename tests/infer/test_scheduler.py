@@ -1,5 +1,6 @@
 """The scheduler: what it does in which order, and that no order of events changes a token or loses a page."""
 
+import gc
 import os
 import random
 import signal
@@ -12,8 +13,8 @@ import pytest
 from pyengine import LLM, SamplingParams
 from pyengine.errors import ArgumentError, CapacityError
 from pyengine.infer.engine_lock import EngineLock
-from pyengine.infer.scheduler import MAX_RUNNING
 from pyengine.infer.reading import TargetReading
+from pyengine.infer.scheduler import MAX_RUNNING
 
 PAGE = 16
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -120,7 +121,6 @@ def test_bad_priorities(tiny, priority):
         engine(tiny).generate([[1]], priority=priority)
 
 
-def test_more_sequences_than_run_at_once(tiny, monkeypatch):
 @pytest.mark.parametrize("waits", ["text", "reading"])
 def test_who_waits_for_pages_is_not_overtaken_by_the_other_kind(tiny, waits):
     """A long prompt of one kind among short ones of the other, which always keep some pages."""
@@ -161,6 +161,7 @@ def test_who_waits_for_pages_is_not_overtaken_by_the_other_kind(tiny, waits):
     assert free_pages(llm) == 8
 
 
+def test_more_sequences_than_run_at_once(tiny, monkeypatch):
     llm = engine(tiny, cache_tokens=8192, max_batch_tokens=1024)
     most = []
     spy(llm, monkeypatch, lambda token_ids, slots, rows: most.append(len(rows)))
@@ -268,6 +269,32 @@ def test_a_fork_waits_for_the_step_of_another_thread(tiny):
         thread.join()
 
 
+@pytest.mark.parametrize("kind", ["stream", "score_stream"])
+def test_what_garbage_collection_cancels_inside_a_step(tiny, monkeypatch, kind):
+    """The thread that collects an abandoned iterator may be the one that holds the lock."""
+    llm = engine(tiny, max_batch_tokens=32)
+    expected = engine(tiny).generate([[1, 2]], GREEDY)
+    iterator = llm.stream([8] * 30, GREEDY) if kind == "stream" else llm.score_stream([([8] * 40, [9] * 40)] * 9)
+    next(iterator)
+    assert free_pages(llm) < llm._runner.decoder.num_pages
+    got = []
+    gc.disable()
+    try:
+        cycle = [iterator]
+        cycle.append(cycle)
+        del cycle, iterator
+        steps = iter([gc.collect])
+        spy(llm, monkeypatch, lambda *_: next(steps, int)())
+        thread = threading.Thread(target=lambda: got.extend(llm.generate([[1, 2]], GREEDY)), daemon=True)
+        thread.start()
+        thread.join(60)
+    finally:
+        gc.enable()
+    assert got == expected
+    assert llm._scheduler.is_idle()
+    assert free_pages(llm) == llm._runner.decoder.num_pages
+
+
 def kinds_of_requests():
     """Prompts that share beginnings, with options; the same few kinds again and again."""
     rng = np.random.default_rng(3)
@@ -362,3 +389,30 @@ def test_who_waits_for_the_engine_comes_next():
         thread.join()
     # No turn begins while this thread waits; a few may where the machine stops it before it does.
     assert sorted(waits)[25] == 0
+
+
+def test_a_call_for_a_held_lock_runs_when_it_is_let_go():
+    lock = EngineLock()
+    calls = []
+
+    def call(number):
+        # Two are never at work at a time, and one may ask for another.
+        assert not lock._lock.acquire(blocking=False)
+        calls.append(number)
+        if number == 1:
+            lock.run_soon(lambda: call(3))
+
+    with lock:
+        thread = threading.Thread(target=lambda: lock.run_soon(lambda: call(1)))
+        thread.start()
+        thread.join(60)
+        lock.run_soon(lambda: call(2))
+        assert calls == []
+    assert calls == [1, 2, 3]
+    lock.run_soon(lambda: call(4))
+    assert calls == [1, 2, 3, 4]
+    lock.hold()
+    lock.run_soon(lambda: call(5))
+    assert calls == [1, 2, 3, 4]
+    lock.let_go()
+    assert calls == [1, 2, 3, 4, 5]
