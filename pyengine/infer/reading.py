@@ -78,14 +78,21 @@ class RowReading(Reading):
 
 
 @dataclass(eq=False, kw_only=True)
-class TargetReading(RowReading):
-    """Log-probabilities of `targets`, one after each row from `first` on."""
+class _WithTargets(Reading):
+    """One that wants log-probabilities of given tokens."""
 
     targets: list[int]
-    logprobs: list[float] = field(default_factory=list)
+    """One after each row from `first` on."""
 
     def next_targets(self, num_rows: int) -> list[int]:
         return self.targets[self.next_row - self.first : self.next_row - self.first + num_rows]
+
+
+@dataclass(eq=False, kw_only=True)
+class TargetReading(_WithTargets, RowReading):
+    """Log-probabilities of `targets`."""
+
+    logprobs: list[float] = field(default_factory=list)
 
     def take(self, logprobs: list[float]) -> None:
         """Those of the next rows."""
@@ -139,21 +146,18 @@ class LogitsReading(Reading):
 
 
 @dataclass(eq=False, kw_only=True)
-class RankReading(LogitsReading):
+class RankReading(_WithTargets, LogitsReading):
     """Log-probabilities of `targets`, and the `num_top` likeliest tokens in the place of each."""
 
-    targets: list[int]
     num_top: int
     entries: list[TokenLogprobs] = field(default_factory=list)
-
-    def next_targets(self, num_rows: int) -> list[int]:
-        return self.targets[self.next_row - self.first : self.next_row - self.first + num_rows]
 
     def take(self, logits: Float32, logprobs: list[float]) -> None:
         num_rows, vocab_size = logits.shape
         drawn = _C.draw(logits, [_C.SampleState(vocab_size) for _ in range(num_rows)], self.num_top)
-        if min(drawn.token_ids) < 0:
-            raise ArgumentError("logits: expected numbers or -inf, got nan or inf")
+        if any(token_id < 0 for token_id in drawn.token_ids):
+            self.failure = ArgumentError("logits: expected numbers or -inf, got nan or inf")
+            return
         for r, (target, logprob) in enumerate(zip(self.next_targets(num_rows), logprobs, strict=True)):
             top = slice(r * self.num_top, (r + 1) * self.num_top)
             ranked = dict(zip(drawn.top_ids[top], drawn.top_logprobs[top], strict=True))

@@ -8,7 +8,11 @@ import pytest
 
 from pyengine import LLM, SamplingParams
 from pyengine.errors import ArgumentError, CapacityError
+from pyengine.formats import open_safetensors, write_safetensors
 from pyengine.infer import BeamSearchParams
+from pyengine.infer.reading import RankReading
+from pyengine.infer.score import prompt_logprobs
+from pyengine.testing.random_model import make_spec, write_model
 
 PAGE = 16
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -219,12 +223,18 @@ def test_a_reading_that_gives_its_pages_back_hands_out_each_row_once(tiny):
     ids = ids_of(np.random.default_rng(6), 180)
     for prefix_cache in (True, False):
         llm = LLM(tiny, page_size=PAGE, cache_tokens=256, max_batch_tokens=32, prefix_cache=prefix_cache)
-        expected = alone(llm, ids[:1], ids[1:]), llm.embed([ids], pooling="mean").tobytes(), llm.logits(ids).tobytes()
+
+        def ranks(llm=llm):
+            return prompt_logprobs(llm._driver, ids, 2, priority=0, cache_salt="", adapter=None)
+
+        expected = [alone(llm, ids[:1], ids[1:]), llm.embed([ids], pooling="mean").tobytes()]
+        expected += [llm.logits(ids).tobytes(), ranks()]
         for i, read in enumerate(
             [
                 lambda llm=llm: llm.score([ids[:1]], [ids[1:]])[0].logprobs,
                 lambda llm=llm: llm.embed([ids], pooling="mean").tobytes(),
                 lambda llm=llm: llm.logits(ids).tobytes(),
+                ranks,
             ]
         ):
             results, num_preemptions = [], llm._scheduler.stats.num_preemptions
@@ -303,6 +313,25 @@ def test_prompt_logprobs_leave_the_prompt_in_the_cache(tiny, num_top):
     cold = LLM(tiny, page_size=64, cache_tokens=1024, prefix_cache=False)
     assert cold.generate([prompt], params)[0].prompt_logprobs == entries
     assert num_tokens(cold) == 149 + 3 * 150
+
+
+def test_logits_that_are_no_numbers_fail_their_reading_alone(tmp_path):
+    folder = write_model(tmp_path / "model", make_spec(tie_word_embeddings=False))
+    tensors = {name: np.array(tensor) for name, tensor in open_safetensors(folder / "model.safetensors").items()}
+    tensors["model.embed_tokens.weight"][9] = np.nan
+    write_safetensors(folder / "model.safetensors", tensors)
+    llm = LLM(folder, page_size=PAGE, cache_tokens=1024)
+    readings = [RankReading(token_ids=ids, first=0, targets=[1, 2, 3], num_top=2) for ids in ([8, 9, 10], [5, 1, 2])]
+    for reading in readings:
+        llm._scheduler.add(reading)
+    llm._scheduler.step()
+    assert str(readings[0].failure) == "logits: expected numbers or -inf, got nan or inf"
+    assert readings[1].failure is None
+    assert [entry.logprob for entry in readings[1].entries] == alone(llm, [5], [1, 2, 3])
+    assert llm.explain().profile["num_steps"] == 2
+    with pytest.raises(ArgumentError, match=r"^logits: expected numbers"):
+        llm.generate([[8, 9, 10, 11]], SamplingParams(max_tokens=1, prompt_logprobs=2))
+    assert_idle(llm)
 
 
 def test_one_token_has_no_logprobs(tiny):
