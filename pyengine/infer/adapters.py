@@ -51,6 +51,8 @@ class AdapterTable:
         self._loaded = loaded
         self._lock = EngineLock()
         self._entries: dict[str, tuple[AdapterInfo, _C.Adapter]] = {}
+        # Names of those that are being loaded, and the bytes that are set aside for them.
+        self._reserved: dict[str, int] = {}
         # Dropped ones that a request still holds count too.
         self._alive: weakref.WeakSet[_C.Adapter] = weakref.WeakSet()
 
@@ -58,21 +60,31 @@ class AdapterTable:
         """See `LLM.load_adapter`."""
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_ADAPTER_NAME_CHARS:
             raise ArgumentError(f"name: expected 1 to {MAX_ADAPTER_NAME_CHARS} printable characters, got {name!r:.80}")
-        self._check_room(name, 0)
-        weights = read_adapter(path, self._loaded.spec)
-        self._check_room(name, sum(module.a.nbytes + module.b.nbytes for module in weights.modules))
-        native = _native(weights, self._loaded)
-        info = AdapterInfo(
-            name=name,
-            path=weights.path,
-            content_id=weights.content_id,
-            rank=weights.rank,
-            num_modules=len(weights.modules),
-            num_parameters=weights.num_parameters,
-            num_bytes=native.num_bytes,
-        )
         with self._lock:
-            self._check_room(name, native.num_bytes)
+            self._reserve_name(name)
+        try:
+            weights = read_adapter(path, self._loaded.spec)
+            num_bytes = sum(module.a.nbytes + module.b.nbytes for module in weights.modules)
+            with self._lock:
+                self._check_room(num_bytes)
+                self._reserved[name] = num_bytes
+            native = _native(weights, self._loaded)
+            info = AdapterInfo(
+                name=name,
+                path=weights.path,
+                content_id=weights.content_id,
+                rank=weights.rank,
+                num_modules=len(weights.modules),
+                num_parameters=weights.num_parameters,
+                num_bytes=native.num_bytes,
+            )
+        except BaseException:
+            with self._lock:
+                del self._reserved[name]
+            raise
+        with self._lock:
+            del self._reserved[name]
+            self._check_room(native.num_bytes)
             self._entries[name] = info, native
             self._alive.add(native)
         return info
@@ -95,12 +107,15 @@ class AdapterTable:
     def infos(self) -> dict[str, AdapterInfo]:
         return {name: info for name, (info, _) in list(self._entries.items())}
 
-    def _check_room(self, name: str, num_bytes: int) -> None:
-        if name in self._entries:
+    def _reserve_name(self, name: str) -> None:
+        if name in self._entries or name in self._reserved:
             raise ArgumentError(f"name: expected one that is not in use, got {name!r}; drop it first")
-        if len(self._entries) >= MAX_ADAPTERS:
+        if len(self._entries) + len(self._reserved) >= MAX_ADAPTERS:
             raise CapacityError(f"adapters: at most {MAX_ADAPTERS} are loaded at a time; drop one first")
-        used = sum(adapter.num_bytes for adapter in list(self._alive))
+        self._reserved[name] = 0
+
+    def _check_room(self, num_bytes: int) -> None:
+        used = sum(adapter.num_bytes for adapter in self._alive) + sum(self._reserved.values())
         if used + num_bytes > MAX_ADAPTER_BYTES:
             raise CapacityError(
                 f"adapters: {num_bytes} bytes more than the {used} in use are over the limit of {MAX_ADAPTER_BYTES}; "
@@ -108,7 +123,7 @@ class AdapterTable:
             )
 
     def _unknown(self, argument: str, name: object) -> ArgumentError:
-        names = ", ".join(map(repr, self._entries)) or "none is loaded"
+        names = ", ".join(map(repr, list(self._entries))) or "none is loaded"
         return ArgumentError(f"{argument}: expected the name of a loaded adapter ({names}), got {name!r:.80}")
 
 

@@ -493,6 +493,36 @@ def test_limits(engine, folders, monkeypatch):
     llm.load_adapter("fourth", folders["qv"])
 
 
+def test_loads_at_the_same_time_share_room_and_names(engine, folders, monkeypatch, tmp_path):
+    """Another load comes while the first one packs its matrices."""
+    llm = engine()
+    used = sum(info.num_bytes for info in llm.adapters.values())
+    native = module._native
+    monkeypatch.setattr(module, "MAX_ADAPTER_BYTES", used + llm.adapters["qv"].num_bytes)
+    monkeypatch.setattr(module, "MAX_ADAPTERS", 5)
+
+    def beside(*arguments):
+        monkeypatch.setattr(module, "_native", native)
+        with pytest.raises(CapacityError, match=r"^adapters: .* over the limit"):
+            llm.load_adapter("second", folders["qv"])
+        with pytest.raises(ArgumentError, match=r"^name: expected one that is not in use, got 'first'"):
+            llm.load_adapter("first", folders["qv"])
+        monkeypatch.setattr(module, "MAX_ADAPTERS", 4)
+        with pytest.raises(CapacityError, match=r"^adapters: at most 4 are loaded at a time"):
+            llm.load_adapter("second", folders["qv"])
+        return native(*arguments)
+
+    monkeypatch.setattr(module, "_native", beside)
+    llm.load_adapter("first", folders["qv"])
+    assert sorted(llm.adapters) == ["all", "first", "qv", "wide"]
+    llm.drop_adapter("first")
+    gc.collect()
+    for _ in range(2):  # what failed keeps no name and no room
+        with pytest.raises(ModelFileError):
+            llm.load_adapter("first", tmp_path)
+    llm.load_adapter("first", folders["qv"])
+
+
 def test_an_adapter_of_another_model_is_refused(engine, tmp_path, spec):
     from dataclasses import replace
 
