@@ -66,6 +66,7 @@ void Adapter::add(int64_t layer, AdapterSlot slot, int64_t offset, const MatmulP
   const auto wrong = [](const char* name, const std::string& expected, int64_t got) {
     throw ArgumentError(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
   };
+  if (is_frozen_) throw ArgumentError("adapter: expected one that no sequence has been computed with");
   if (layer < 0 || layer >= config_.num_layers) wrong("layer", "0 to " + std::to_string(config_.num_layers - 1), layer);
   const Extent extent = slot_extent(config_, slot);
   if (a.num_rows < 1 || a.num_rows > kLoraMaxRank)

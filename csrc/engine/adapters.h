@@ -29,8 +29,11 @@ class Adapter {
   explicit Adapter(const ModelConfig& config);
 
   // a [rank, depth] and b [num_cols, rank], copied; their `packed` is not used. Throws ArgumentError for a shape that the
-  // slot does not take, or columns that another part has.
+  // slot does not take, columns that another part has, or a frozen adapter.
   void add(int64_t layer, AdapterSlot slot, int64_t offset, const MatmulPack& a, const MatmulPack& b, float scale);
+
+  // Called before a sequence is computed with it: from then on nothing is added.
+  void freeze() { is_frozen_ = true; }
 
   // Ascending in offset.
   const std::vector<Part>& parts(int64_t layer, AdapterSlot slot) const {
@@ -46,6 +49,7 @@ class Adapter {
   const ModelConfig config_;
   const uint64_t id_;
   int64_t num_bytes_ = 0, u_width_ = 0;
+  bool is_frozen_ = false;
   std::vector<std::vector<Part>> parts_;  // [num_layers * kNumAdapterSlots]
 };
 

@@ -130,7 +130,8 @@ Decoder::Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache,
   adapter_buffers_ = adapter_buffers();
 }
 
-int32_t Decoder::add_sequence(std::optional<std::string> salt, std::shared_ptr<const Adapter> adapter) {
+int32_t Decoder::add_sequence(std::optional<std::string> salt, std::shared_ptr<Adapter> adapter) {
+  if (adapter) adapter->freeze();
   if (salt) {
     const std::string of_adapter = adapter ? '#' + std::to_string(adapter->id()) : "";
     salt = isa_name(active_isa()) + of_adapter + ':' + *salt;

@@ -37,9 +37,9 @@ class Decoder {
   // max_tokens: the most tokens of one step.
   Decoder(std::shared_ptr<const Model> model, const KvCacheConfig& cache, int64_t max_tokens);
 
-  // A new sequence, computed with `adapter` if there is one, which is kept alive until the sequence is freed; with a salt
-  // it shares full pages with others of the same salt, adapter, tokens and ISA level.
-  int32_t add_sequence(std::optional<std::string> salt, std::shared_ptr<const Adapter> adapter = nullptr);
+  // A new sequence, computed with `adapter` if there is one, which is frozen, and kept alive until the sequence is freed;
+  // with a salt it shares full pages with others of the same salt, adapter, tokens and ISA level.
+  int32_t add_sequence(std::optional<std::string> salt, std::shared_ptr<Adapter> adapter = nullptr);
   int32_t fork_sequence(int32_t seq);
   void free_sequence(int32_t seq);
 

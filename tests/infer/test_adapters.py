@@ -562,3 +562,7 @@ def test_native_errors(tiny):
             native.add(0, "qkv", offset, a, b, 1.0)
     native.add(0, "qkv", 64, a, b, 1.0)
     native.add(0, "qkv", 0, a, b, 1.0)
+    seq = llm._runner.decoder.add_sequence(adapter=native)
+    llm._runner.decoder.free_sequence(seq)
+    with pytest.raises(ArgumentError, match="adapter: expected one that no sequence has been computed with"):
+        native.add(1, "qkv", 0, a, b, 1.0)
