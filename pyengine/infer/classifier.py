@@ -44,6 +44,10 @@ class Classifier:
         if not isinstance(names, dict) or set(names) != set(ids) or not all(isinstance(names[i], str) for i in ids):
             message = f"expected a name for each of 0 to {num_labels - 1}, got {names!r:.80}"
             raise file_error(Path(path) / "config.json", message, field="id2label")
+        if len(set(names.values())) != num_labels:
+            raise file_error(
+                Path(path) / "config.json", f"expected names that differ, got {names!r:.80}", field="id2label"
+            )
         pad_token_id = config.get("pad_token_id")
         return cls(
             weight=weight.astype(np.float64),

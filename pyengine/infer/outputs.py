@@ -68,6 +68,7 @@ class Classification:
     """What a sequence classifier says about a text."""
 
     labels: tuple[str, ...]
+    """No two are equal."""
     logits: list[float]
     """One per label."""
 
@@ -81,4 +82,5 @@ class Classification:
         """Softmax of the logits, by label: for a model that knows one label per text."""
         most = max(self.logits)
         weights = [math.exp(logit - most) for logit in self.logits]
-        return {label: weight / sum(weights) for label, weight in zip(self.labels, weights, strict=True)}
+        total = sum(weights)
+        return {label: weight / total for label, weight in zip(self.labels, weights, strict=True)}

@@ -165,7 +165,7 @@ class FolderSource:
     def classifier(self) -> Classifier | None:
         if CLASSIFIER_WEIGHT not in self._place:
             return None
-        return Classifier.from_folder(self.path, self._place[CLASSIFIER_WEIGHT][CLASSIFIER_WEIGHT], self.spec)
+        return Classifier.from_folder(self.path, self._reader(CLASSIFIER_WEIGHT)[CLASSIFIER_WEIGHT], self.spec)
 
     def _file_name(self, stored: str) -> str:
         return stored.removeprefix(self._prefix)

@@ -2,6 +2,7 @@
 baseline."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from infer.transformers_peer import to_exact  # noqa: E402
 
 from pyengine import _C, LLM, SamplingParams  # noqa: E402
 from pyengine.errors import ArgumentError, BackendUnavailable, CapacityError, ModelFileError  # noqa: E402
+from pyengine.formats import open_safetensors  # noqa: E402
 from pyengine.infer import BeamSearchParams  # noqa: E402
 from pyengine.infer.reading import PooledReading  # noqa: E402
 from pyengine.quant import quantize_to_gguf  # noqa: E402
@@ -159,6 +161,17 @@ def test_names_of_labels(tmp_path):
     for bad in ({"0": "a"}, {"0": "a", "2": "b"}, {"0": "a", "1": 7}, ["a", "b"], "ab", {"0": "a", "1": "b", "2": "c"}):
         with pytest.raises(ModelFileError, match=r"'id2label': expected a name for each of 0 to 1, got "):
             load_with(id2label=bad)
+    with pytest.raises(ModelFileError, match=r"'id2label': expected names that differ, got "):
+        load_with(id2label={"0": "a", "1": "a"})
+
+
+def test_an_index_that_names_a_classifier_where_there_is_none(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    file = (folder / "model.safetensors").rename(folder / "part.safetensors")
+    names = dict.fromkeys([*open_safetensors(file), "score.weight"], file.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ModelFileError, match=r"'score.weight': expected this tensor, got none"):
+        LLM(folder)
 
 
 # --- law 1, and enemies -----------------------------------------------------------------------------------------------
