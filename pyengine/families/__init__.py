@@ -30,7 +30,7 @@ from pyengine.families import (
     starcoder2,
 )
 from pyengine.families.family import Family
-from pyengine.families.gguf_keys import ROPE_TENSORS
+from pyengine.families.gguf_keys import read_rope_factors
 from pyengine.families.rows import permute_rows, unpermute_rows
 from pyengine.families.stacking import StoredRows, StoredTensor, stacked_weights, stored_rows, stored_shapes
 from pyengine.jsonfile import file_error, read_json_object
@@ -38,7 +38,6 @@ from pyengine.spec import ModelSpec
 
 __all__ = [
     "FAMILIES",
-    "ROPE_TENSORS",
     "Family",
     "StoredRows",
     "StoredTensor",
@@ -49,6 +48,7 @@ __all__ = [
     "load_generation_config",
     "load_spec",
     "permute_rows",
+    "read_rope_factors",
     "spec_from_config",
     "spec_from_gguf",
     "stacked_weights",
@@ -103,7 +103,7 @@ def spec_from_gguf(
     *,
     rope_factors: Mapping[str, npt.NDArray[np.floating[Any]]] | None = None,
 ) -> ModelSpec:
-    """The spec of a GGUF file: its metadata, the names of its tensors, and those of `ROPE_TENSORS` that it has."""
+    """The spec of a GGUF file: its metadata, the names of its tensors, and its `read_rope_factors`."""
     architecture = metadata.get("general.architecture")
     for family in FAMILIES:
         if architecture == family.gguf_architecture:

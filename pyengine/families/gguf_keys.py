@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from pyengine.spec import (
 )
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# One for each pair of a head: half of MAX_HEAD_DIM.
+MAX_ROPE_FACTORS = 512
 LAYER_TENSORS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -141,6 +143,31 @@ def sizes_to_gguf(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     if spec.pad_token_id is not None:
         metadata["tokenizer.ggml.padding_token_id"] = spec.pad_token_id
     return metadata
+
+
+class _TensorInfo(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class TensorFile(Protocol):
+    """What is asked of an open GGUF file."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def info(self, name: str) -> _TensorInfo: ...
+
+    def dequantize(self, name: str) -> npt.NDArray[np.float32]: ...
+
+
+def read_rope_factors(file: TensorFile) -> dict[str, npt.NDArray[np.float32]]:
+    """Those tensors [P] of `ROPE_TENSORS` that a file has. Raises ArgumentError with the name of one that is none."""
+    names = [name for name in ROPE_TENSORS if name in file]
+    for name in names:
+        shape = file.info(name).shape
+        if len(shape) != 1 or shape[0] > MAX_ROPE_FACTORS:
+            raise ArgumentError(f"{name}: expected one dimension of at most {MAX_ROPE_FACTORS}, got shape {shape}")
+    return {name: file.dequantize(name) for name in names}
 
 
 def rope_from_gguf(

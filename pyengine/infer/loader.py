@@ -22,6 +22,8 @@ from pyengine.tokenizer import ChatTemplate, Tokenizer
 BLOCK_FORMATS = tuple(_C.block_formats())
 # What `weights` may ask for; of the other block formats a file's own weights are kept.
 WEIGHT_FORMATS = ("float32", "bfloat16", *QUANTIZERS)
+# Other formats of a file -> what `weights="auto"` makes of them.
+_DENSE_FORMATS = {"float32": "float32", "float16": "float32", "bfloat16": "bfloat16"}
 DEFAULT_MAX_CONTEXT = 8192
 # Mode -> what products with block weights round activations to.
 PRODUCT_INPUTS = {"exact": "unrounded", "bf16": "bfloat16", "fast": "int8"}
@@ -263,13 +265,14 @@ def _fill(model: _C.DecoderModel, source: WeightSource, formats: dict[str, str],
 def _target_format(source: WeightSource, name: str, wanted: str) -> str:
     stored = source.stored_format(name)
     if wanted == "auto":
-        kept = {"float32": "float32", "float16": "float32", "bfloat16": "bfloat16"}.get(stored, stored)
-        if kept not in (*WEIGHT_FORMATS, *BLOCK_FORMATS):
+        if stored in BLOCK_FORMATS:
+            return stored
+        if stored not in _DENSE_FORMATS:
             raise BackendUnavailable(
-                f"{source.path}: {name} is stored as {stored}, for which there is no kernel; "
-                f"pass weights= one of {', '.join(WEIGHT_FORMATS)} to convert"
+                f"{source.path}: {name} is stored as {stored}, which is not read; "
+                f"expected one of {', '.join((*_DENSE_FORMATS, *BLOCK_FORMATS))}"
             )
-        return kept
+        return _DENSE_FORMATS[stored]
     num_cols = source.spec.tensor_shapes()[name][1]
     block_size, _ = block_geometry(wanted) if wanted in BLOCK_FORMATS else (1, 0)
     if num_cols % block_size:

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from pyengine.errors import ArgumentError, ModelFileError
 from pyengine.families import (
-    ROPE_TENSORS,
     family_of,
     load_config,
     load_spec,
+    read_rope_factors,
     spec_from_gguf,
     stored_rows,
     stored_shapes,
@@ -80,9 +80,8 @@ class GgufSource:
         self.path = str(path)
         self._file: GgufReader = open_gguf(path)
         self._metadata = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._file.metadata.items()}
-        factors = {name: self._file.dequantize(name) for name in ROPE_TENSORS if name in self._file}
         try:
-            self.spec = spec_from_gguf(self._metadata, list(self._file), rope_factors=factors)
+            self.spec = spec_from_gguf(self._metadata, list(self._file), rope_factors=read_rope_factors(self._file))
         except ArgumentError as error:
             field, _, message = str(error).partition(": ")
             raise ModelFileError(self.path, None, field, message) from error

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pyengine.errors import ArgumentError, ModelFileError
 from pyengine.families import (
-    ROPE_TENSORS,
     config_from_spec,
     family_of,
     load_spec,
+    read_rope_factors,
     spec_from_gguf,
     stored_rows,
     stored_shapes,
@@ -138,9 +138,8 @@ def _same_bytes(where: Mapping[str, SafetensorsReader], name: str, other: str) -
 
 
 def _gguf_spec(reader: GgufReader) -> ModelSpec:
-    factors = {name: reader.dequantize(name) for name in ROPE_TENSORS if name in reader}
     try:
-        return spec_from_gguf(reader.metadata, set(reader), rope_factors=factors)
+        return spec_from_gguf(reader.metadata, set(reader), rope_factors=read_rope_factors(reader))
     except ArgumentError as error:
         field, _, message = str(error).partition(": ")
         raise ModelFileError(reader.path, None, field, message) from error

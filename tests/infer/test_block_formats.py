@@ -11,9 +11,10 @@ gguf = pytest.importorskip("gguf")
 from infer.test_same_bits import assert_same, run_batch, sequences  # noqa: E402
 
 from pyengine import _C, LLM, SamplingParams  # noqa: E402
-from pyengine.errors import ModelFileError  # noqa: E402
+from pyengine.errors import BackendUnavailable, ModelFileError  # noqa: E402
 from pyengine.formats import GgufTensor, open_gguf, write_gguf  # noqa: E402
 from pyengine.formats.quantizers import QUANTIZERS  # noqa: E402
+from pyengine.models import from_pretrained  # noqa: E402
 from pyengine.quant import quantize_to_gguf  # noqa: E402
 from pyengine.testing.blocks import random_blocks, scale_offsets  # noqa: E402
 from pyengine.testing.random_model import make_spec, write_model  # noqa: E402
@@ -155,6 +156,28 @@ def test_a_written_file_gives_the_bits_of_converted_weights(dense, tmp_path, blo
     written, converted = LLM(out), LLM(dense, weights=block_format)
     assert set(written.explain().weight_formats) == {block_format}
     assert written.logits(ids).tobytes() == converted.logits(ids).tobytes()
+
+
+def test_a_type_without_kernels_is_named_with_those_that_have_some(dense, tmp_path):
+    source = open_gguf(dense)
+    shape = source.info("blk.0.attn_q.weight").shape
+    raw = GgufTensor(np.zeros((shape[0], shape[1] // 256 * 110), np.uint8), "IQ3_S", shape)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, source.metadata, dict(source) | {"blk.0.attn_q.weight": raw}, source.metadata_types)
+    with pytest.raises(BackendUnavailable, match=r"is stored as iq3_s, which is not read; expected .*float16") as error:
+        LLM(path)
+    assert all(name in str(error.value) for name in FORMATS)
+
+
+@pytest.mark.parametrize("shape", [(513,), (8, 1)])
+def test_factors_of_rotary_frequencies_are_bounded(dense, tmp_path, shape):
+    source = open_gguf(dense)
+    path = tmp_path / "model.gguf"
+    tensors = dict(source) | {"rope_freqs.weight": np.ones(shape, np.float32)}
+    write_gguf(path, source.metadata, tensors, source.metadata_types)
+    for load in (LLM, from_pretrained):
+        with pytest.raises(ModelFileError, match=r"'rope_freqs.weight': expected one dimension of at most 512, got "):
+            load(path)
 
 
 @pytest.mark.parametrize("block_format", SUPER)
