@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyengine.adapters import AdapterModule, read_adapter
-from pyengine.errors import ArgumentError
+from pyengine.errors import ArgumentError, ModelFileError
 from pyengine.families import family_of, stacked_weights
 from pyengine.formats import write_safetensors
 from pyengine.infer.source import FolderSource
@@ -48,8 +48,8 @@ def merge_adapter(
     no model.
 
     Raises:
-        ArgumentError: a model that is no folder, or a `folder` that has a model.
-        ModelFileError: files that are broken or do not fit each other.
+        ArgumentError: a model that is no folder, or has no head for text; a `folder` that has a model.
+        ModelFileError: files that are broken or do not fit each other, such as a sum that overflows float16.
     """
     source_path, out = Path(model), Path(folder)
     if not source_path.is_dir():
@@ -57,6 +57,8 @@ def merge_adapter(
     if (out / "config.json").exists():
         raise ArgumentError(f"folder: expected one without a config.json, got {str(folder)!r:.200}")
     source = FolderSource(source_path)
+    if not source.has_lm_head:
+        raise ArgumentError(f"model: expected a language model, got {source.path}, which has no head for text")
     modules = {f"{m.module.name}.weight": m for m in read_adapter(adapter, source.spec).modules}
     tensors = {}
     for stored, weights in stacked_weights(family_of(source.spec).folder_tensor_names(source.spec)).items():
@@ -65,7 +67,12 @@ def merge_adapter(
         shapes = [source.spec.tensor_shapes()[weight] for weight in weights]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         value = (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(shape)
-        tensors[stored] = _merged(value, modules[stored]) if stored in modules else value
+        if stored in modules:
+            value = _merged(value, modules[stored])
+            if not np.isfinite(value).all():
+                message = f"expected sums with the adapter that {dtype.name} holds, got inf or nan"
+                raise ModelFileError(source.path, None, stored, message)
+        tensors[stored] = value
     out.mkdir(parents=True, exist_ok=True)
     write_safetensors(out / "model.safetensors", tensors, {"format": "pt"})
     for name in reversed(_KEPT):
@@ -74,5 +81,6 @@ def merge_adapter(
 
 
 def _merged(weight: Array, module: AdapterModule) -> Array:
-    delta = np.float32(module.scale) * (module.b.astype(np.float32) @ module.a.astype(np.float32))
-    return (weight.astype(np.float32) + delta).astype(weight.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        delta = np.float32(module.scale) * (module.b.astype(np.float32) @ module.a.astype(np.float32))
+        return (weight.astype(np.float32) + delta).astype(weight.dtype)

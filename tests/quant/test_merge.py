@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from pyengine import LLM
 from pyengine.cli import command
 from pyengine.errors import ArgumentError, ModelFileError
-from pyengine.formats import open_safetensors
+from pyengine.formats import open_safetensors, write_safetensors
 from pyengine.quant import merge_adapter
 from pyengine.testing.random_adapter import write_random_adapter
 from pyengine.testing.random_model import make_spec, write_model
@@ -61,6 +61,26 @@ def test_errors_leave_no_model(tmp_path):
     with pytest.raises(ArgumentError, match=r"^folder: expected one without a config.json"):
         merge_adapter(model, adapter, model)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_is_refused(tmp_path):
+    model = write_model(tmp_path / "model", make_spec())
+    tensors = dict(open_safetensors(model / "model.safetensors")) | {"score.weight": np.zeros((2, 64), np.float32)}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "model.safetensors").rename(model / "model.safetensors")
+    adapter = write_random_adapter(tmp_path / "adapter", make_spec(), rank=2)
+    with pytest.raises(ArgumentError, match=r"^model: expected a language model, got .*, which has no head for text$"):
+        merge_adapter(model, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sum_that_the_dtype_cannot_hold_is_an_error(tmp_path):
+    adapter = write_random_adapter(tmp_path / "adapter", SPEC, rank=1, alpha=2**20, target_modules=("up_proj",))
+    narrow, wide = (write_model(tmp_path / d.__name__, SPEC, d) for d in (np.float16, np.float32))
+    with pytest.raises(ModelFileError, match=r"up_proj\.weight': expected sums .* that float16 holds, got inf or nan"):
+        merge_adapter(narrow, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge_adapter(wide, adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["llama_patterns", "phi3", "gemma3"])
