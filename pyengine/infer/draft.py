@@ -20,7 +20,7 @@ _MOST_NEW_TOKENS = 2
 def load_draft(options: DraftModel, target: LoadedModel) -> LoadedModel:
     """The draft model, with a cache for as many tokens as that of the target.
 
-    Raises ArgumentError unless both have the same vocabulary.
+    Raises ArgumentError unless it is a language model with the vocabulary of the target.
     """
     draft = load_model(
         options.model,
@@ -34,6 +34,8 @@ def load_draft(options: DraftModel, target: LoadedModel) -> LoadedModel:
             max_batch_tokens=target.decoder.max_tokens,
         ),
     )
+    if not draft.has_lm_head:
+        raise ArgumentError(f"speculation: expected a language model, got {draft.path}, which has no head for text")
     check_vocabulary(draft, target)
     return draft
 
@@ -107,7 +109,7 @@ class DraftProposer:
         else:
             self._sampler.step(token_ids, slots, [], [], -1)
             found = []
-        if num_new <= _MOST_NEW_TOKENS:
+        if ready and num_new <= _MOST_NEW_TOKENS:
             times.add_draft(max(count for _, count in ready), time.perf_counter() - start)
         proposals = {sequence: tokens for (sequence, _), tokens in zip(ready, found, strict=True)}
         for sequence, count in ready:

@@ -90,6 +90,14 @@ def test_long_prompts_reach_the_draft_in_pieces(tiny, alike):
     assert llm._speculator.stats.num_accepted_tokens > 0
 
 
+def test_a_draft_in_steps_of_two_tokens_catches_up(tiny):
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    expected = engine(tiny).generate([list(range(3, 13))], params)
+    llm = engine(tiny, max_batch_tokens=2, speculation=draft_of(tiny, 3))
+    assert llm.generate([list(range(3, 13))], params) == expected
+    assert llm._speculator.stats.num_accepted_tokens > 0
+
+
 def test_a_draft_with_a_shorter_context_stops_where_it_ends(tiny, tmp_path):
     short = write_model(tmp_path / "short", make_spec(max_position_embeddings=32))
     params = SamplingParams(max_tokens=60, ignore_eos=True)
@@ -191,6 +199,15 @@ def test_another_vocabulary_is_refused(tiny, tmp_path):
         engine(tiny, speculation=draft_of(renamed))
     with pytest.raises(ModelFileError):
         engine(tiny, speculation=draft_of(tmp_path / "missing"))
+
+
+def test_a_classifier_is_no_draft(tiny, tmp_path):
+    folder = write_model(tmp_path / "classifier", make_spec())
+    tensors = dict(open_safetensors(folder / "model.safetensors")) | {"score.weight": np.zeros((2, 64), np.float32)}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "model.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(ArgumentError, match=r"^speculation: expected a language model, got .*classifier, which has no"):
+        engine(tiny, speculation=draft_of(folder))
 
 
 def test_explain_names_the_draft(tiny, other):
