@@ -36,6 +36,7 @@ class AsyncLLM:
         options: those of LLM, where `model` is not one.
 
     A request that is cancelled, or whose iterator is closed, frees its memory after the native step that is under way.
+    Its `prompt_logprobs` are the exception: they are computed before it starts, and to the end in any case.
     Nothing that other requests do changes a bit of a result. Use `async with`, or call `close`.
     """
 
