@@ -52,7 +52,7 @@ class PyenginePeer:
         """Seconds for `num_steps` tokens of every prompt, after the first token of each."""
         params = SamplingParams(max_tokens=1 + num_steps, ignore_eos=True, temperature=temperature)
         groups = self._llm._start(list(prompts), params, stream=True)
-        pieces = self._llm._stream([sequence for group in groups for sequence in group])
+        pieces = self._llm._driver.stream([sequence for group in groups for sequence in group])
         # Prompts that fit into one step, or one prompt alone: these are the first token of each.
         for _ in prompts:
             next(pieces)

@@ -118,7 +118,6 @@ void add(const Tensor& y, const Tensor& x, const std::vector<Tensor>& a, const s
 void bind_lora(py::module_& m) {
   m.def("lora_cpu", add, py::arg("y"), py::arg("x"), py::arg("a"), py::arg("b"), py::arg("scales"),
         py::arg("adapter_of_row") = py::none(), py::arg("u") = py::none());
-  m.attr("LORA_MAX_RANK") = kLoraMaxRank;
 }
 
 }  // namespace pe

@@ -27,7 +27,7 @@ Extent slot_extent(const ModelConfig& c, AdapterSlot slot) {
     case AdapterSlot::o:
       return {c.hidden_size, c.q_size()};
     case AdapterSlot::gate_up:
-      return {2 * c.intermediate_size, c.hidden_size};
+      return {c.gate_up_size(), c.hidden_size};
     case AdapterSlot::down:
       break;
   }

@@ -449,7 +449,7 @@ std::vector<AdapterBuffers> Decoder::adapter_buffers() const {
     const LayerWeights& layer = model_->layer(i);
     buffers.push_back({layer.attention_norm ? y_ : h_, qkv_, c.hidden_size, c.qkv_size()});
     buffers.push_back({attended_, delta_, c.q_size(), c.hidden_size});
-    buffers.push_back({layer.mlp_norm ? y_ : h_, gate_up_, c.hidden_size, 2 * c.intermediate_size});
+    buffers.push_back({c.parallel_blocks || layer.mlp_norm ? y_ : h_, gate_up_, c.hidden_size, c.gate_up_size()});
     buffers.push_back({mlp_, delta_, c.intermediate_size, c.hidden_size});
   }
   return buffers;

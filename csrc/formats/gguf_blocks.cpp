@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "pe/f16.h"
 #include "pe/gguf_block.h"
 #include "runtime/checked.h"
 #include "runtime/error.h"
@@ -25,12 +26,6 @@ constexpr std::array<GgmlType, 34> kTypes = {{
     {30, "BF16", 1, 2},       {34, "TQ1_0", 256, 54},   {35, "TQ2_0", 256, 66},   {39, "MXFP4", 32, 17},
     {40, "NVFP4", 64, 36},    {41, "Q1_0", 128, 18},
 }};
-
-uint16_t load_u16(const uint8_t* bytes) noexcept {
-  uint16_t value = 0;
-  std::memcpy(&value, bytes, sizeof(value));
-  return value;
-}
 
 // The format of a type whose name it has in lower case.
 std::optional<BlockFormat> block_format_of(const GgmlType& type) {
@@ -72,17 +67,6 @@ const GgmlType* find_ggml_type(std::string_view name) noexcept {
   return found == kTypes.end() ? nullptr : found;
 }
 
-float half_to_float(uint16_t half) noexcept {
-  const uint32_t sign = (half & 0x8000u) << 16;
-  const uint32_t exponent = (half >> 10) & 31u;
-  const uint32_t fraction = half & 0x3ffu;
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | (fraction << 13));
-  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (fraction << 13));
-  // Zero or subnormal: fraction * 2^-24, exact in a float.
-  const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
-}
-
 void dequantize_blocks(const GgmlType& type, std::span<const uint8_t> input, std::span<float> output) {
   const size_t num_blocks = output.size() / type.block_elements;
   if (output.size() % type.block_elements != 0) {
@@ -98,10 +82,10 @@ void dequantize_blocks(const GgmlType& type, std::span<const uint8_t> input, std
   if (type.name == "F32") {
     if (!input.empty()) std::memcpy(output.data(), input.data(), input.size());
   } else if (type.name == "F16") {
-    for (size_t i = 0; i < output.size(); ++i) output[i] = half_to_float(load_u16(&input[2 * i]));
+    for (size_t i = 0; i < output.size(); ++i) output[i] = f16_to_f32(read_u16(&input[2 * i]));
   } else if (type.name == "BF16") {
     for (size_t i = 0; i < output.size(); ++i) {
-      output[i] = std::bit_cast<float>(uint32_t{load_u16(&input[2 * i])} << 16);
+      output[i] = std::bit_cast<float>(uint32_t{read_u16(&input[2 * i])} << 16);
     }
   } else if (const std::optional<BlockFormat> format = block_format_of(type)) {
     with_format(*format, [&](auto known) { dequantize<known.value>(input, output); });

@@ -26,7 +26,4 @@ const GgmlType* find_ggml_type(std::string_view name) noexcept;
 // Throws ArgumentError where sizes do not match, BackendUnavailable for other types.
 void dequantize_blocks(const GgmlType& type, std::span<const uint8_t> input, std::span<float> output);
 
-// IEEE half to float; exact. NaN stays NaN.
-float half_to_float(uint16_t half) noexcept;
-
 }  // namespace pe

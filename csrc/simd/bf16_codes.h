@@ -1,7 +1,8 @@
-// Codes of a packed group in bf16, where they are exact. Levels with 16-bit permutations of 512 bits only.
+// Codes of a packed group in bf16, which holds each of them exactly. For levels that permute the 16-bit words of 512 bits.
 //
-//   bf16_of_words<format>(words)   q - z in bf16 of words whose lowest bits are the stored bits of a code: of five at
-//                                  most, bits above do not count; of formats with up to six stored bits
+//   bf16_of_words<format>(words)   q - z of the code in the lowest bits of each word, whatever its other bits are. For
+//                                  formats that store at most six bits of a code
+//   bf16_pair(low, high)           codes in f32 as pairs: those of `low` in the lower half of each lane
 #pragma once
 #include "simd/panel_codes.h"
 
@@ -13,7 +14,7 @@ struct BF16Codes {
   alignas(64) uint16_t value[1 << kBF16CodeBits];
 };
 
-// Codes of fewer bits again and again, so that an index may hold other bits above.
+// All codes of the format, again and again: bits above those of a code find the same value.
 template <BlockFormat format>
 static constexpr BF16Codes bf16_codes() {
   constexpr int num_codes = 1 << stored_bits(format);

@@ -81,16 +81,16 @@ class AdapterWeights:
 def linear_modules(spec: ModelSpec) -> dict[str, LinearModule]:
     """The linear layers inside the decoder's layers, by their name in transformers.
 
-    Raises BackendUnavailable for a family whose files hold them transposed or in another order of rows.
+    Raises BackendUnavailable for an MLP without a gate, and for a family whose files hold weights transposed or with
+    their rows in another order.
     """
-    tensors = family_of(spec).folder_tensors(spec)
-    is_plain = spec.gated_mlp and not any(
-        tensor.is_transposed or any(not isinstance(rows, slice) for rows in tensor.weights.values())
-        for tensor in tensors.values()
-    )
-    if not is_plain:
+    if not spec.gated_mlp:
+        raise BackendUnavailable(f"adapter: expected a model whose MLP has a gate, got one of {spec.family} without")
+    tensors = family_of(spec).folder_tensors(spec).values()
+    if any(t.is_transposed or not all(isinstance(rows, slice) for rows in t.weights.values()) for t in tensors):
         raise BackendUnavailable(
-            f"adapter: expected a model whose layers are those of its file, got one of {spec.family}"
+            "adapter: expected a model whose files hold weights [out, in] with rows in order, "
+            f"got one of {spec.family}, where they are transposed or in another order"
         )
     shapes = spec.tensor_shapes()
     parts: dict[str, list[str]] = {}
@@ -112,6 +112,7 @@ def read_adapter(folder: str | os.PathLike[str], spec: ModelSpec) -> AdapterWeig
     Raises:
         ModelFileError: a file is missing, breaks its format, or does not fit the model; `field` is the key of the
             config or the name of the tensor.
+        BackendUnavailable: a family whose adapters are not computed; see `linear_modules`.
     """
     config_path, path = Path(folder) / CONFIG_NAME, Path(folder) / WEIGHTS_NAME
     try:
@@ -162,6 +163,7 @@ def write_adapter(
 
     Raises:
         ArgumentError: modules that are not those of the model and of `config`, or shapes that do not fit.
+        BackendUnavailable: a family whose adapters are not computed; see `linear_modules`.
     """
     modules = linear_modules(spec)
     expected = config.targets(modules)

@@ -1,6 +1,14 @@
 """What a family of models provides: mappings between `ModelSpec` and the descriptions other systems write.
 
-A family is mostly a table. What a table cannot say is in four methods, which a family may extend.
+A family is mostly a table. What a table cannot say is in methods that a family may extend:
+
+    fields_from_config, fields_to_config    fields of `ModelSpec` that config.json says in a way of its own
+    fields_from_gguf, fields_to_gguf        the same for the metadata and the tensor names of a GGUF file
+    rope_from_config                        rotary embeddings with keys or defaults of their own
+    model_type_of                           which of several classes of transformers a model is
+    spec_from_config, _spec_from_config     defaults of other keys, before and after keys get their usual names
+    folder_part, gguf_tensor_names          names that depend on the model
+    folder_row_order                        rows that a folder holds in another order
 """
 
 from __future__ import annotations

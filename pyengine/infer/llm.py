@@ -38,11 +38,11 @@ class LLM(TextReader):
 
     Args:
         model: path of a .gguf file, or of a folder with config.json, tokenizer.json and model.safetensors.
-        weights: format in memory: "auto" keeps the file's, each matrix in its own; "float32", "bfloat16", "q8_0",
-            "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl" convert.
-        mode: "exact" computes with float activations. Products with weights in blocks may round theirs first: "bf16" to
-            bfloat16, "fast" to int8 per 32 values, for integer dot products; attention over a bfloat16 cache rounds
-            its queries then. "auto" is "exact".
+        weights: format in memory: "auto" keeps the file's, each matrix in its own, float16 as float32; "float32",
+            "bfloat16", "q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl" convert.
+        mode: "exact" computes with float activations. "bf16" and "fast" round those that enter a product with weights
+            in blocks, to bfloat16 or to int8 per 32 values; attention over a bfloat16 cache rounds its queries then.
+            "auto" is "exact".
         threads: size of the native thread pool of this process; None keeps it.
         max_context: most tokens of one sequence; None takes the model's, at most 8192. What is given here chooses the
             factors of LongRoPE, else the model's own.
@@ -50,6 +50,7 @@ class LLM(TextReader):
         kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the activations, and bfloat16
             in the modes that round. int8 has one scale per token and head, and holds 3.8 times the tokens of float32
             in the same memory.
+        page_size: tokens of a page of the cache: 16, 32, 64, 128 or 256.
         max_batch_tokens: most tokens of one native step.
         prefix_cache: start a prompt behind the full pages that the cache still holds of it. Changes no bit of a result,
             only its time; requests with different `cache_salt` share nothing.
@@ -120,7 +121,7 @@ class LLM(TextReader):
         """Read a low-rank adapter in the format of PEFT, a folder, and serve it under `name`. Others run meanwhile.
 
         Raises ModelFileError for files that are broken or do not fit the model, ArgumentError for a name in use,
-        CapacityError where no adapter more has room.
+        CapacityError where no adapter more has room, BackendUnavailable for a family whose adapters are not computed.
         """
         return self._adapters.load(name, path)
 

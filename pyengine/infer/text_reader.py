@@ -61,8 +61,8 @@ class TextReader:
         """Log-probability of every token of each completion after its prompt; the same bits as in generation.
 
         Pairs are packed into full native steps; what completions side by side share of a prompt is computed once. Text
-        is encoded in two parts, prompt and completion. An empty prompt starts from the model's first token (bos or
-        eos); without one, the first token of the completion cannot be scored: ArgumentError.
+        is encoded in two parts, prompt and completion. An empty prompt becomes the model's bos token; without one, the
+        first token of the completion cannot be scored: ArgumentError.
         """
         readings = self._score_readings(prompts, completions, priority=priority, cache_salt=cache_salt, adapter=adapter)
         return [reading.score() for reading in self._driver.read(readings)]

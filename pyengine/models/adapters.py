@@ -29,6 +29,7 @@ def add_adapter(
 
     Raises:
         ArgumentError: a regular expression, no module at all, or a model that has an adapter.
+        BackendUnavailable: a family whose adapters are not computed; see `linear_modules`.
     """
     modules = linear_modules(model.spec)
     targets = config.targets(modules)
@@ -48,7 +49,8 @@ def add_adapter(
 def load_adapter(model: CausalLM, folder: str | os.PathLike[str]) -> list[nn.Parameter]:
     """Give the model the adapter in `folder`, to train it further, and freeze all else. Weights keep their dtype.
 
-    Raises ModelFileError where the files do not fit the model, ArgumentError for a model that has an adapter.
+    Raises ModelFileError where the files do not fit the model, ArgumentError for a model that has an adapter,
+    BackendUnavailable as `add_adapter` does.
     """
     read = read_adapter(folder, model.spec)
     values = {m.module.name: (from_numpy(m.a), from_numpy(m.b)) for m in read.modules}

@@ -1,4 +1,4 @@
-"""Torch modules over the native ops. Parameter names are those of Hugging Face, so `state_dict()` keys equal theirs."""
+"""Torch modules over the native ops. Parameters have the names of Hugging Face's Llama, in models of every family."""
 
 from pyengine.nn.attention import Attention, PackedPositions
 from pyengine.nn.embedding import Embedding

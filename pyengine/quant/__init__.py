@@ -1,4 +1,4 @@
-"""Weights in 4 and 8 bits, and with an adapter folded in."""
+"""Models as GGUF files in blocks, and with an adapter folded into their weights."""
 
 from pyengine.quant.gguf import QuantizeResult, quantize_to_gguf
 from pyengine.quant.merge import merge_adapter

@@ -96,7 +96,7 @@ def quantize_to_gguf(
 
     Raises:
         ArgumentError: an unknown format; rows that do not divide into blocks; a model that GGUF cannot describe, such
-            as one with a sliding window; a path that cannot be written.
+            as a Qwen 2 with a sliding window; a path that cannot be written.
         BackendUnavailable: a tokenizer that GGUF cannot describe, or stored weights in a format that is not read.
         ModelFileError: a broken model, or a tokenizer with more ids than the embedding has rows.
         CapacityError: the disk is full.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pyengine.adapters import AdapterConfig, linear_modules, read_adapter, write_adapter
-from pyengine.errors import ArgumentError, ModelFileError
+from pyengine.errors import ArgumentError, BackendUnavailable, ModelFileError
+from pyengine.families import spec_from_config
 from pyengine.formats import open_safetensors, write_safetensors
 from pyengine.testing.random_adapter import write_random_adapter
 from pyengine.testing.random_model import make_spec
@@ -252,6 +253,44 @@ def test_a_config_full_of_names_costs_little(folder):
     begin = time.process_time()
     assert len(read_adapter(folder, SPEC).modules) == 4
     assert time.process_time() - begin < 20
+
+
+def spec_of(model_type):
+    return spec_from_config(
+        {
+            "model_type": model_type,
+            "vocab_size": 384,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gpt2", "whose MLP has a gate, got one of gpt2 without"),
+        ("gpt_neox", "whose MLP has a gate, got one of gpt_neox without"),
+        ("falcon", "whose MLP has a gate, got one of falcon without"),
+        ("starcoder2", "whose MLP has a gate, got one of starcoder2 without"),
+        ("cohere", "rows in order, got one of cohere,"),
+        ("cohere2", "rows in order, got one of cohere2,"),
+    ],
+)
+def test_a_family_without_adapters_says_why(folder, model_type, reason):
+    with pytest.raises(BackendUnavailable, match=reason):
+        linear_modules(spec_of(model_type))
+    with pytest.raises(BackendUnavailable, match=reason):
+        read_adapter(folder, spec_of(model_type))
+
+
+@pytest.mark.parametrize(("model_type", "num_modules"), [("stablelm", 14), ("phi3", 8), ("olmo2", 14)])
+def test_linear_modules_of_a_family(model_type, num_modules):
+    assert len(linear_modules(spec_of(model_type))) == num_modules
 
 
 def test_write_checks_its_arguments(tmp_path):

@@ -67,7 +67,7 @@ MODELS = {
     ),
     "olmo2": ("olmo2", {}),
     "olmo2_biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
-    "gemma": ("gemma", {"head_dim": 24}),
+    "gemma": ("gemma", {"head_dim": 24, "seed": 1}),
     "gemma_biases": ("gemma", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
     "gemma3": (
         "gemma3_text",

@@ -12,6 +12,7 @@ from infer.transformers_peer import from_source, greedy, logits, to_exact  # noq
 
 from pyengine import LLM, SamplingParams  # noqa: E402
 from pyengine.adapters import linear_modules, read_adapter, write_adapter  # noqa: E402
+from pyengine.errors import BackendUnavailable  # noqa: E402
 from pyengine.infer.source import open_source  # noqa: E402
 from pyengine.quant import quantize_to_gguf  # noqa: E402
 from pyengine.testing import assert_accurate  # noqa: E402
@@ -66,6 +67,13 @@ CASES = {
     "phi3": ("phi3", {"head_dim": 16}, {"target_modules": "all-linear", "r": 8}),
     "phi3_names": ("phi3", {"head_dim": 16}, {"target_modules": ["qkv_proj", *ATTENTION, "down_proj"], "r": 8}),
     "olmo2": ("olmo2", {}, {"target_modules": "all-linear", "r": 8}),
+    "stablelm": ("stablelm", {}, {"target_modules": "all-linear", "r": 8}),
+    "stablelm_parallel": (
+        "stablelm",
+        {"use_parallel_residual": True, "use_qkv_bias": True},
+        {"target_modules": "all-linear", "r": 8},
+    ),
+    "gemma": ("gemma", {"head_dim": 24}, {"target_modules": "all-linear", "r": 8}),
     "gemma3": (
         "gemma3_text",
         {
@@ -204,3 +212,10 @@ def test_modules_are_those_of_transformers(case, name):
     }
     modules = linear_modules(LLM(base).spec)
     assert {name: (m.num_outputs, m.num_inputs) for name, m in modules.items()} == expected
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "falcon", "starcoder2", "cohere", "gpt_neox"])
+def test_families_whose_files_hold_other_rows_are_refused(tmp_path, model_type):
+    spec = open_source(tiny_model(tmp_path / "base", model_type)).spec
+    with pytest.raises(BackendUnavailable, match="adapter"):
+        linear_modules(spec)

@@ -10,7 +10,10 @@ from pyengine import _C, LLM, SamplingParams
 from pyengine.errors import ArgumentError, CapacityError
 
 FORMATS = ["float32", "bfloat16", "q8_0", "q4_1", "q4_0"]
-CASES = [(weights, "exact") for weights in FORMATS] + [(weights, "fast") for weights in FORMATS if weights[0] == "q"]
+CASES = [
+    *((weights, "exact") for weights in FORMATS),
+    *((weights, mode) for weights in FORMATS if weights[0] == "q" for mode in ("bf16", "fast")),
+]
 PAGE = 16
 PARAMS = SamplingParams(max_tokens=24, temperature=0.9, seed=11, ignore_eos=True, logprobs=2)
 

@@ -13,9 +13,9 @@
 // Shapes     q, y, grad_y, grad_q [T, H, D]; k, v, grad_k, grad_v [T, K, D]: last dimension contiguous, other strides
 //            in elements; H % K == 0, 1 <= D <= 256; lse [T, H] f32 contiguous
 //            segment_offsets [num_segments + 1] ascend from 0 to T
-// Numerics   f32 | bf16 in and out; all arithmetic in f32; one rounding, at the store. Level avx512_bf16, forward in bf16:
-//            the weights of values, exp(s - max), are rounded to bf16 too, not so their sum; subnormal products and sums
-//            count as zero
+// Numerics   f32 | bf16 in and out; all arithmetic in f32; one rounding, at the store. Levels avx512_bf16 and above,
+//            forward in bf16: the weights of values, exp(s - max), are rounded to bf16 too, not so their sum; subnormal
+//            operands and sums count as zero
 // Writes     outputs are overwritten (=), never accumulated (+=), and may not overlap an input
 // Order      keys are cut at multiples of kAttentionPartKeys, and what the parts give is added in ascending order.
 //            On one ISA level a row of y depends on its q, on the keys and values that it sees and on their positions,

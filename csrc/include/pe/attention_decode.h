@@ -13,9 +13,10 @@
 // Numerics   f32 | bf16 q and y, f32 | bf16 | int8 cache; arithmetic in f32; one rounding at the store of y, one in append.
 //            int8: append quantises each head of a token as a row of quantize_int8; a score is (the dot product with the
 //            int8 key) * its scale, a weight is multiplied by the scale of its value, nothing is dequantised on the way
+//            round_q: f32 q is rounded to bf16, and q counts as bf16. Levels avx512_bf16 and above, q and cache bf16: as
+//            attention
 // Writes     y and the named slots are overwritten. What no row sees counts for nothing: pages may hold NaN there, and
 //            table entries before a window or past the last position may be anything
-//            round_q: f32 q is rounded to bf16, and q counts as bf16. Level avx512_bf16, q and cache bf16: as attention
 // Order      a row of y has the same bits in any batch, chunk, page size and number of threads, and those of attention
 //            on the stored k and v (in f32, unless q and cache are bf16). Rows of one append name different slots
 // Cost       decode is memory bound: 2 * K * D * (position + 1) cache elements a row; rows of one sequence at

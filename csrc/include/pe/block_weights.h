@@ -5,8 +5,8 @@
 //            are exact in 9 bits with sign, in bf16 and in f32
 //            d (and m) are shared by 32 or 16 consecutive k of a row, the scale group:
 //              scales f16    d and m are f16, one for each 32 k
-//              scales super  d = D * c, m = M * e; D and M f16, one for each 256 k, and c and e integers below 2^7 in
-//                            magnitude, one for each scale group: d and m are exact in f32
+//              scales super  d = D * c, m = M * e; D and M f16, one for each 256 k, and c and e integers from -128 to
+//                            127, one for each scale group: d and m are exact in f32
 // Shapes     N rows (outputs), K columns, a multiple of block_size. Rows come in panels of 16; a last partial panel is
 //            filled with rows of zero bytes, which decode to zero
 // Layout     [panel][block of 32 or 256 k][super scales, then its groups of 32 k], no gaps
