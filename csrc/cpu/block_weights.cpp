@@ -30,7 +30,7 @@ template <BlockFormat format>
 void pack_group(const GgufBlock& block, int g, int64_t c, uint8_t* group) {
   constexpr BlockFormatInfo f = info(format);
   uint32_t quads[kQuads];
-  std::memcpy(quads, block.codes + g * kBlockSize, sizeof quads);
+  std::memcpy(quads, block.codes + g * kGroupSize, sizeof quads);
   pack_plane(quads, 0, f.low_bits, c, group);
   if constexpr (f.high_bits != 0) pack_plane(quads, f.low_bits, f.high_bits, c, group + 64 * f.low_bits);
   uint8_t* scales = group + packed_code_bytes(format);
@@ -63,7 +63,7 @@ void pack_panel(const BlockWeightsPack& a, int64_t panel) {
         std::memcpy(to + c * 2, &block.d, 2);
         if constexpr (f.has_min) std::memcpy(to + kScaleBytes + c * 2, &block.m, 2);
       }
-      for (int g = 0; g < f.block_size / kBlockSize; ++g) pack_group<format>(block, g, c, to + group_offset(format, g));
+      for (int g = 0; g < f.block_size / kGroupSize; ++g) pack_group<format>(block, g, c, to + group_offset(format, g));
       to += packed_block_bytes(format);
     }
   }
@@ -106,14 +106,14 @@ void unpack_row(const BlockWeights& w, int64_t row, float* out) {
   constexpr BlockFormatInfo f = info(format);
   const int64_t c = row % kPanelRows;
   const uint8_t* panel = w.packed + row / kPanelRows * panel_bytes(format, w.num_cols);
-  for (int64_t g = 0; g < w.num_cols / kBlockSize; ++g) {
+  for (int64_t g = 0; g < w.num_cols / kGroupSize; ++g) {
     const uint8_t *block = panel + block_offset(format, g), *group = panel + group_offset(format, g);
-    for (int k = 0; k < kBlockSize;) {
+    for (int k = 0; k < kGroupSize;) {
       const RowScales scales = row_scales<format>(block, group, k / f.scale_group, c);
       for (const int end = k + f.scale_group; k < end; ++k) {
         int code = plane_bits(group, f.low_bits, c, k);
         if constexpr (f.high_bits != 0) code |= plane_bits(group + 64 * f.low_bits, f.high_bits, c, k) << f.low_bits;
-        out[g * kBlockSize + k] = block_weight<format>(scales.d, scales.m, code);
+        out[g * kGroupSize + k] = block_weight<format>(scales.d, scales.m, code);
       }
     }
   }

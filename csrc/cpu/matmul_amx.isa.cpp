@@ -3,6 +3,7 @@
 
 #include "pe/matmul.h"
 #include "simd/bf16_pairs.h"
+#include "simd/matmul_totals.h"
 #include "simd/tile.h"
 #include "simd/transpose.h"
 
@@ -26,9 +27,9 @@ struct alignas(64) Buffers {
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t steps_of(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
 
-// Rows [row, row + num_rows) in tiles of tile_rows, panels [panel, panel + num_panels).
-struct Block {
-  int64_t row, num_rows, tile_rows, panel, num_panels;
+// Rows in tiles of tile_rows.
+struct Block : MatmulBlock {
+  int64_t tile_rows;
   int64_t num_tiles() const { return (num_rows + tile_rows - 1) / tile_rows; }
   int64_t rows_of(int64_t tile) const { return min(tile_rows, num_rows - tile * tile_rows); }
 };
@@ -92,30 +93,15 @@ void copy_x(const Matmul& a, int64_t row, int64_t num_rows, int64_t k, int64_t d
 
 // --- y --------------------------------------------------------------------------------------------------------------
 
-// Calls body(y, total, num) for the columns of each panel and row.
-template <class Y, class Body>
-void for_each_run(const Matmul& a, const Block& block, Buffers& buffers, const Body& body) {
-  for (int64_t r = 0; r < block.num_rows; ++r)
-    for (int64_t p = 0; p < block.num_panels; ++p) {
-      const int64_t col = (block.panel + p) * kMatmulPanel;
-      body(static_cast<Y*>(a.y) + (block.row + r) * a.y_row_stride + col,
-           buffers.total[r / block.tile_rows][p][r % block.tile_rows], min(kMatmulPanel, a.num_cols - col));
-    }
+// Where the 16 totals of row r and panel p of a block lie.
+auto totals(const Block& block, Buffers& buffers) {
+  return [&](int64_t r, int64_t p) { return buffers.total[r / block.tile_rows][p][r % block.tile_rows]; };
 }
 
 void load_total(const Matmul& a, const Block& block, Buffers& buffers) {
   for (int64_t t = 0; t < block.num_tiles(); ++t)
     memset(buffers.total[t], 0, sizeof buffers.total[t][0] * static_cast<size_t>(block.num_panels));
-  if (a.accumulate)
-    for_each_run<float>(a, block, buffers,
-                        [](const float* y, float* total, int64_t n) { store(total, n == 16 ? load(y) : load(y, n)); });
-}
-
-template <class Y>
-void store_total(const Matmul& a, const Block& block, Buffers& buffers) {
-  for_each_run<Y>(a, block, buffers, [](Y* y, const float* total, int64_t n) {
-    n == 16 ? store(y, load(total)) : store(y, load(total), n);
-  });
+  load_y(a, block, totals(block, buffers));
 }
 
 // --- the loops ------------------------------------------------------------------------------------------------------
@@ -176,11 +162,11 @@ void tile(const Matmul& a, int64_t row_begin, int64_t row_end, int64_t panel_beg
   const Tiles tiles(tile_rows, kDepth * 2);
   for (int64_t panel = panel_begin; panel < panel_end; panel += chunk)
     for (int64_t row = row_begin; row < row_end; row += kRowTiles * kTileRows) {
-      const Block block = {row, min(kRowTiles * kTileRows, row_end - row), tile_rows, panel,
-                           min(chunk, panel_end - panel)};
+      const Block block = {{row, min(kRowTiles * kTileRows, row_end - row), panel, min(chunk, panel_end - panel)},
+                           tile_rows};
       load_total(a, block, buffers);
       multiply(a, block, buffers);
-      (a.y_dtype == DType::f32 ? store_total<float> : store_total<bf16>)(a, block, buffers);
+      store_y(a, block, totals(block, buffers));
     }
 }
 

@@ -1,6 +1,7 @@
 // ISA: avx512_bf16
 #include "pe/matmul.h"
 #include "simd/bf16_pairs.h"
+#include "simd/matmul_totals.h"
 #include "simd/transpose.h"
 #include "simd/unroll.h"
 
@@ -21,11 +22,6 @@ struct alignas(64) Buffers {
 };
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Rows [row, row + num_rows), panels [panel, panel + num_panels).
-struct Block {
-  int64_t row, num_rows, panel, num_panels;
-};
 
 // --- the register tile ----------------------------------------------------------------------------------------------
 
@@ -61,7 +57,7 @@ void multiply_rows(int64_t num_rows, const bf16 (*x)[kXStride], int64_t depth, c
 // --- x, w and y -----------------------------------------------------------------------------------------------------
 
 // x of the block and of one K block; a zero behind an odd depth.
-void copy_x(const Matmul& a, const Block& block, int64_t k, int64_t depth, Buffers& buffers) {
+void copy_x(const Matmul& a, const MatmulBlock& block, int64_t k, int64_t depth, Buffers& buffers) {
   const bf16* x = static_cast<const bf16*>(a.x) + block.row * a.x_row_stride + k * a.x_col_stride;
   if (a.x_col_stride != 1 && a.x_row_stride == 1) {
     for (int64_t r = 0; r < block.num_rows; r += 16)
@@ -86,29 +82,14 @@ void copy_x(const Matmul& a, const Block& block, int64_t k, int64_t depth, Buffe
   return interleave_halves(k + 2 <= depth ? load_32(from) : load_16(from));
 }
 
-// Calls body(y, total, num) for the columns of each panel and row.
-template <class Y, class Body>
-void for_each_run(const Matmul& a, const Block& block, Buffers& buffers, const Body& body) {
-  for (int64_t r = 0; r < block.num_rows; ++r)
-    for (int64_t p = 0; p < block.num_panels; ++p) {
-      const int64_t col = (block.panel + p) * kMatmulPanel;
-      body(static_cast<Y*>(a.y) + (block.row + r) * a.y_row_stride + col, buffers.total[r][p],
-           min(kMatmulPanel, a.num_cols - col));
-    }
+// Where the 16 totals of row r and panel p of a block lie.
+auto totals(Buffers& buffers) {
+  return [&](int64_t r, int64_t p) { return buffers.total[r][p]; };
 }
 
-void load_total(const Matmul& a, const Block& block, Buffers& buffers) {
+void load_total(const Matmul& a, const MatmulBlock& block, Buffers& buffers) {
   memset(buffers.total, 0, sizeof buffers.total[0] * static_cast<size_t>(block.num_rows));
-  if (a.accumulate)
-    for_each_run<float>(a, block, buffers,
-                        [](const float* y, float* total, int64_t n) { store(total, n == 16 ? load(y) : load(y, n)); });
-}
-
-template <class Y>
-void store_total(const Matmul& a, const Block& block, Buffers& buffers) {
-  for_each_run<Y>(a, block, buffers, [](Y* y, const float* total, int64_t n) {
-    n == 16 ? store(y, load(total)) : store(y, load(total), n);
-  });
+  load_y(a, block, totals(buffers));
 }
 
 // --- the loops ------------------------------------------------------------------------------------------------------
@@ -119,7 +100,7 @@ auto totals_from(Buffers& buffers, int64_t begin) {
 }
 
 // Few rows: panels as they lie, kTogether at once.
-void multiply_stream(const Matmul& a, const Block& block, int64_t k, int64_t depth, Buffers& buffers) {
+void multiply_stream(const Matmul& a, const MatmulBlock& block, int64_t k, int64_t depth, Buffers& buffers) {
   const int64_t panel_stride = a.depth * kMatmulPanel, ahead = min(kMatmulKBlock, a.depth) * kMatmulPanel;
   const auto pass = [&](auto num_panels, int64_t begin) {
     const bf16* w = static_cast<const bf16*>(a.packed) + (block.panel + begin) * panel_stride + k * kMatmulPanel;
@@ -140,7 +121,7 @@ void multiply_stream(const Matmul& a, const Block& block, int64_t k, int64_t dep
 }
 
 // Many rows: panels are interleaved once, two at a time stay in the first-level cache.
-void multiply_block(const Matmul& a, const Block& block, int64_t k, int64_t depth, Buffers& buffers) {
+void multiply_block(const Matmul& a, const MatmulBlock& block, int64_t k, int64_t depth, Buffers& buffers) {
   constexpr int kTileRows = 12, kTilePanels = 2;
   for (int64_t begin = 0; begin < block.num_panels; begin += kTogether) {
     const int64_t num_panels = min(kTogether, block.num_panels - begin);
@@ -169,14 +150,14 @@ void tile(const Matmul& a, int64_t row_begin, int64_t row_end, int64_t panel_beg
   Buffers buffers;
   for (int64_t panel = panel_begin; panel < panel_end; panel += kChunkPanels)
     for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
-      const Block block = {row, min(kRowBlock, row_end - row), panel, min(kChunkPanels, panel_end - panel)};
+      const MatmulBlock block = {row, min(kRowBlock, row_end - row), panel, min(kChunkPanels, panel_end - panel)};
       load_total(a, block, buffers);
       for (int64_t k = 0; k < a.depth; k += kMatmulKBlock) {
         const int64_t depth = min(kMatmulKBlock, a.depth - k);
         copy_x(a, block, k, depth, buffers);
         (block.num_rows <= kDirectRows ? multiply_stream : multiply_block)(a, block, k, depth, buffers);
       }
-      (a.y_dtype == DType::f32 ? store_total<float> : store_total<bf16>)(a, block, buffers);
+      store_y(a, block, totals(buffers));
     }
 }
 

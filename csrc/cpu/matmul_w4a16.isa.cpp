@@ -27,7 +27,7 @@ struct Rows {
 };
 
 Rows prepared_rows(const MatmulW4A16& a) {
-  const int64_t num_groups = a.weight.num_cols / kBlockSize;
+  const int64_t num_groups = a.weight.num_cols / kGroupSize;
   const GroupSums sum_x = group_sums(a);
   if (!a.x_is_bf16()) return {static_cast<const float*>(a.x), a.x_row_stride, sum_x, num_groups};
   return {a.workspace, a.weight.num_cols, sum_x, num_groups};
@@ -84,7 +84,7 @@ void stream_panels(const MatmulW4A16& a, int64_t row, int64_t panel) {
   const float* x = rows.x + row * rows.x_row_stride;
   Sums<num_rows, num_panels> total;
   clear<num_rows, num_panels>(total);
-  for (int64_t g = 0; g < num_groups; ++g, x += kBlockSize) {
+  for (int64_t g = 0; g < num_groups; ++g, x += kGroupSize) {
     const uint8_t* group = packed + group_offset(format, g);
     // Past the last group of a panel come the groups of the panel that takes its place.
     const int64_t skip = g + ahead < num_groups ? 0 : (num_panels - 1) * panel_stride;
@@ -119,13 +119,13 @@ void stream_rows(const MatmulW4A16& a, int64_t row, int64_t panel_begin, int64_t
 // --- many rows: each group is decoded once per row block ------------------------------------------------------------
 
 struct BlockBuffers {
-  alignas(64) float codes[kTilePanels][kBlockSize][kPanelRows];
+  alignas(64) float codes[kTilePanels][kGroupSize][kPanelRows];
   alignas(64) float total[kRowBlock][kTilePanels][kPanelRows];
   W4A16Scales scales[kGroupHalves][kTilePanels];
 };
 
 template <BlockFormat format>
-[[gnu::always_inline]] inline void decode_group(const uint8_t* group, float (&codes)[kBlockSize][kPanelRows]) {
+[[gnu::always_inline]] inline void decode_group(const uint8_t* group, float (&codes)[kGroupSize][kPanelRows]) {
   unroll<kGroupQuads>([&](auto j) PE_INLINE {
     const CodeRun<4> run = code_run<format, j>(group);
     PE_UNROLL for (int i = 0; i < 4; ++i) panel_store(codes[4 * j + i], run.code[i]);
@@ -136,10 +136,10 @@ template <BlockFormat format>
 template <bool has_min, int parts, int num_rows, int num_panels>
 void block_rows(const BlockBuffers& in, const Rows& rows, int64_t row, int64_t group,
                 float (*total)[kTilePanels][kPanelRows]) {
-  const float* x = rows.x + row * rows.x_row_stride + group * kBlockSize;
+  const float* x = rows.x + row * rows.x_row_stride + group * kGroupSize;
   Sums<num_rows, num_panels> s;
   unroll<kGroupHalves>([&](auto half) PE_INLINE {
-    constexpr int part = half * parts / kGroupHalves, size = static_cast<int>(kBlockSize) / kGroupHalves;
+    constexpr int part = half * parts / kGroupHalves, size = static_cast<int>(kGroupSize) / kGroupHalves;
     if constexpr (parts == kGroupHalves || half == 0) clear<num_rows, num_panels>(s);
     for (int k = half * size; k < (half + 1) * size; ++k) {
       CodeRun<1> run[num_panels];

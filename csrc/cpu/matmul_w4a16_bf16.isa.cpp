@@ -15,7 +15,7 @@ constexpr int64_t kPrefetchBytes = 6 * 1024;
 constexpr int64_t kRowBlock = 96;
 // Rows whose chains run side by side: two for each.
 constexpr int kTileRows = 4;
-constexpr int kHalf = kBlockSize / 2, kPairs = kHalf / 2;  // of one half of a group
+constexpr int kHalf = kGroupSize / 2, kPairs = kHalf / 2;  // of one half of a group
 
 // --- activations ----------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ void stream_panel(const MatmulW4A16& a, int64_t row, int64_t panel) {
   const uint8_t* packed = a.weight.packed + panel * panel_bytes(format, a.weight.num_cols);
   const bf16* x = paired_row(a, row);
   PanelF total = panel_set1(0.0f);
-  for (int64_t g = 0; g < a.weight.num_cols / kBlockSize; ++g, x += kBlockSize) {
+  for (int64_t g = 0; g < a.weight.num_cols / kGroupSize; ++g, x += kGroupSize) {
     prefetch_group<format>(packed, g, kPrefetchBytes);
     const PanelGroup<format> group(packed, g);
     PanelF s[1][scale_groups(format)];
@@ -136,10 +136,10 @@ void block_panel(const MatmulW4A16& a, int64_t row_begin, int64_t row_end, int64
   alignas(64) float totals[kRowBlock][kPanelRows];
   for (int64_t r = 0; r < row_end - row_begin; ++r) panel_store(totals[r], panel_set1(0.0f));
 
-  for (int64_t g = 0; g < num_cols / kBlockSize; ++g) {
+  for (int64_t g = 0; g < num_cols / kGroupSize; ++g) {
     prefetch_group<format>(packed, g, kPrefetchBytes);
     const PanelGroup<format> group(packed, g);
-    const bf16* x = paired_row(a, row_begin) + g * kBlockSize;
+    const bf16* x = paired_row(a, row_begin) + g * kGroupSize;
     int64_t row = row_begin;
     const auto add_rows = [&]<int num_rows>(Index<num_rows>) PE_INLINE {
       PanelF s[num_rows][scale_groups(format)];
@@ -181,7 +181,7 @@ void prepare(const MatmulW4A16& a, int64_t row_begin, int64_t row_end) {
       bf16* paired = paired_row(a, row);
       for (int64_t k = 0; k < a.weight.num_cols; k += VecF::size) store(paired + k, load(x + row * a.x_row_stride + k));
       if (has_min(a.weight.format)) store_group_sums(a, row, paired);
-      for (int64_t k = 0; k < a.weight.num_cols; k += kBlockSize)
+      for (int64_t k = 0; k < a.weight.num_cols; k += kGroupSize)
         _mm512_storeu_si512(paired + k, pair_up(_mm512_loadu_si512(paired + k)));
     }
   };

@@ -24,9 +24,9 @@ constexpr int64_t kRowBlock = 96;
 // Rounds one group; bits of magnitudes order like the magnitudes, with infinities and NaNs on top.
 void quantize_group(const float* x, int8_t* values, float* scale, int32_t* sum, int32_t* first_sum) {
   constexpr uint32_t kInfinity = 0x7f800000u;
-  uint32_t bits[kBlockSize], largest = 0;
+  uint32_t bits[kGroupSize], largest = 0;
   memcpy(bits, x, sizeof bits);
-  for (int k = 0; k < kBlockSize; ++k) {
+  for (int k = 0; k < kGroupSize; ++k) {
     const uint32_t magnitude = bits[k] & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
@@ -34,32 +34,32 @@ void quantize_group(const float* x, int8_t* values, float* scale, int32_t* sum, 
   memcpy(&max_abs, &largest, sizeof max_abs);
   const bool finite = largest < kInfinity;
   if (!finite || max_abs < 0x1p-100f) {
-    memset(values, 0, kBlockSize);
+    memset(values, 0, kGroupSize);
     *scale = finite ? 0.0f : NAN;
     *sum = *first_sum = 0;
     return;
   }
   const float inverse = 127.0f / max_abs;
-  int32_t rounded[kBlockSize], total = 0;
-  for (int k = 0; k < kBlockSize; ++k) rounded[k] = static_cast<int32_t>(rintf(x[k] * inverse));
-  for (int k = 0; k < kBlockSize / 2; ++k) total += rounded[k];
+  int32_t rounded[kGroupSize], total = 0;
+  for (int k = 0; k < kGroupSize; ++k) rounded[k] = static_cast<int32_t>(rintf(x[k] * inverse));
+  for (int k = 0; k < kGroupSize / 2; ++k) total += rounded[k];
   *first_sum = total;
-  for (int k = kBlockSize / 2; k < kBlockSize; ++k) total += rounded[k];
-  for (int k = 0; k < kBlockSize; ++k) values[k] = static_cast<int8_t>(rounded[k]);
+  for (int k = kGroupSize / 2; k < kGroupSize; ++k) total += rounded[k];
+  for (int k = 0; k < kGroupSize; ++k) values[k] = static_cast<int8_t>(rounded[k]);
   *scale = max_abs / 127.0f;
   *sum = total;
 }
 
 template <class T>
 void quantize(const MatmulW4A8& a, int64_t row_begin, int64_t row_end) {
-  const int64_t num_groups = a.weight.num_cols / kBlockSize;
+  const int64_t num_groups = a.weight.num_cols / kGroupSize;
   for (int64_t row = row_begin; row < row_end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_row_stride;
     const QuantizedRow q = quantized_row(a, row);
     for (int64_t g = 0; g < num_groups; ++g) {
-      alignas(64) float group[kBlockSize];
-      for (int64_t k = 0; k < kBlockSize; k += VecF::size) store(group + k, load(x + g * kBlockSize + k));
-      quantize_group(group, const_cast<int8_t*>(q.values) + g * kBlockSize, const_cast<float*>(q.scales) + g,
+      alignas(64) float group[kGroupSize];
+      for (int64_t k = 0; k < kGroupSize; k += VecF::size) store(group + k, load(x + g * kGroupSize + k));
+      quantize_group(group, const_cast<int8_t*>(q.values) + g * kGroupSize, const_cast<float*>(q.scales) + g,
                      const_cast<int32_t*>(q.sums) + g, const_cast<int32_t*>(q.first_sums) + g);
     }
   }
@@ -93,7 +93,7 @@ template <BlockFormat format>
   constexpr int parts = scale_groups(format);
   unroll<parts>([&](auto part) PE_INLINE {
     const int32_t sum = x.sum<parts>(g, part);
-    const PanelI i = dot<part>(group.codes, x.values + g * kBlockSize, panel_int(-zero_code(format) * sum));
+    const PanelI i = dot<part>(group.codes, x.values + g * kGroupSize, panel_int(-zero_code(format) * sum));
     total = add_w4a8_group<has_min(format)>(group.scales[part], i, x.scales[g], sum, total);
   });
   return total;
@@ -106,7 +106,7 @@ void stream_panel(const MatmulW4A8& a, int64_t row, int64_t panel) {
   const uint8_t* packed = a.weight.packed + panel * panel_bytes(format, a.weight.num_cols);
   const QuantizedRow x = quantized_row(a, row);
   PanelF total = panel_set1(0.0f);
-  for (int64_t g = 0; g < a.weight.num_cols / kBlockSize; ++g) {
+  for (int64_t g = 0; g < a.weight.num_cols / kGroupSize; ++g) {
     prefetch_group<format>(packed, g, kPrefetchBytes);
     total = add_group(load_group<format>(packed, g), x, g, total);
   }
@@ -124,7 +124,7 @@ void block_panels(const MatmulW4A8& a, int64_t row_begin, int64_t row_end, int64
   for (int64_t r = 0; r < num_rows; ++r)
     for (int p = 0; p < num_panels; ++p) panel_store(totals[r][p], panel_set1(0.0f));
 
-  for (int64_t g = 0; g < num_cols / kBlockSize; ++g) {
+  for (int64_t g = 0; g < num_cols / kGroupSize; ++g) {
     PanelGroup<format> group[num_panels];
     PE_UNROLL for (int p = 0; p < num_panels; ++p) {
       prefetch_group<format>(packed + p * panel_stride, g, kPrefetchBytes / num_panels);

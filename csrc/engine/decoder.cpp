@@ -50,6 +50,26 @@ const uint8_t* at(const void* base, int64_t elements, DType dtype) {
   return static_cast<const uint8_t*>(base) + elements * bytes_of(dtype);
 }
 
+// Rows that lie as far apart as they are wide; residual and h may be nullptr.
+RmsNormFwd norm_args(const ModelConfig& c, const void* x, const void* residual, const void* weight, void* h, void* y,
+                     int64_t num_rows, int64_t num_cols) {
+  return {.x = x,
+          .residual = residual,
+          .weight = weight,
+          .h = h,
+          .y = y,
+          .rstd = nullptr,
+          .num_rows = num_rows,
+          .num_cols = num_cols,
+          .x_row_stride = num_cols,
+          .residual_row_stride = num_cols,
+          .h_row_stride = num_cols,
+          .y_row_stride = num_cols,
+          .eps = c.norm_eps,
+          .weight_offset = c.norm_weight_offset,
+          .dtype = c.act_dtype};
+}
+
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // out [num_cols] = row `token` of the embedding, times `multiplier`.
@@ -91,7 +111,7 @@ int64_t buffer_rows(int64_t max_tokens) { return std::max(max_tokens, kHeadRows)
 // The larger of what the two block kernels want beside the widest input.
 size_t workspace_bytes(const ModelConfig& c, int64_t max_tokens) {
   const int64_t widest =
-      (std::max({c.hidden_size, c.q_size(), c.intermediate_size}) + kBlockSize - 1) / kBlockSize * kBlockSize;
+      (std::max({c.hidden_size, c.q_size(), c.intermediate_size}) + kGroupSize - 1) / kGroupSize * kGroupSize;
   const int64_t rows = buffer_rows(max_tokens);
   int64_t floats = rows * widest;  // of unpacked embeddings
   for (int i = 0; i < kNumBlockFormats; ++i)
@@ -110,8 +130,8 @@ size_t buffer_bytes(const ModelConfig& c, int64_t max_tokens) {
 }  // namespace
 
 const char* phase_kind_name(PhaseKind kind) {
-  constexpr const char* kNames[] = {"embed",   "norm",   "qkv",  "rope", "attention", "o",
-                                    "gate_up", "swiglu", "down", "head", "logprob",   "lora"};
+  constexpr const char* kNames[] = {"embed",   "norm",       "qkv",  "rope", "attention", "o",
+                                    "gate_up", "activation", "down", "head", "logprob",   "lora"};
   return kNames[static_cast<int>(kind)];
 }
 
@@ -467,22 +487,7 @@ void Decoder::settle(const void* bias, const void* post_norm, int64_t begin, int
   const ModelConfig& c = model_->config();
   if (bias) add_rows(delta_, c.hidden_size, bias, 0, c.hidden_size, begin, end, c.act_dtype);
   if (post_norm)
-    rms_norm_isa().fwd({.x = delta_,
-                        .residual = nullptr,
-                        .weight = post_norm,
-                        .h = nullptr,
-                        .y = delta_,
-                        .rstd = nullptr,
-                        .num_rows = end,
-                        .num_cols = c.hidden_size,
-                        .x_row_stride = c.hidden_size,
-                        .residual_row_stride = 0,
-                        .h_row_stride = 0,
-                        .y_row_stride = c.hidden_size,
-                        .eps = c.norm_eps,
-                        .weight_offset = c.norm_weight_offset,
-                        .dtype = c.act_dtype},
-                       begin, end);
+    rms_norm_isa().fwd(norm_args(c, delta_, nullptr, post_norm, nullptr, delta_, end, c.hidden_size), begin, end);
   if (c.residual_multiplier != 1.0f)
     scale_rows(delta_, c.hidden_size, c.residual_multiplier, c.hidden_size, begin, end, c.act_dtype);
 }
@@ -496,22 +501,8 @@ void Decoder::finish_qk(const LayerWeights& layer, int64_t begin, int64_t end) c
     const int64_t num_cols = c.qk_norm == QkNorm::head ? c.head_dim : width;
     for (int64_t t = begin; t < end; ++t) {
       void* row = at(qkv_, t * qkv + offset, c.act_dtype);
-      rms_norm_isa().fwd({.x = row,
-                          .residual = nullptr,
-                          .weight = weight,
-                          .h = nullptr,
-                          .y = row,
-                          .rstd = nullptr,
-                          .num_rows = width / num_cols,
-                          .num_cols = num_cols,
-                          .x_row_stride = num_cols,
-                          .residual_row_stride = 0,
-                          .h_row_stride = 0,
-                          .y_row_stride = num_cols,
-                          .eps = c.norm_eps,
-                          .weight_offset = c.norm_weight_offset,
-                          .dtype = c.act_dtype},
-                         0, width / num_cols);
+      const int64_t num_rows = width / num_cols;
+      rms_norm_isa().fwd(norm_args(c, row, nullptr, weight, nullptr, row, num_rows, num_cols), 0, num_rows);
     }
   };
   norm(0, c.q_size(), layer.q_norm);
@@ -530,21 +521,8 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
   };
   const auto enter = [&](const Leaving* before, const void* weight, const void* norm_bias,
                          const Linear& next) -> const void* {
-    const RmsNormFwd args{.x = before ? delta_ : h_,
-                          .residual = before ? h_ : nullptr,
-                          .weight = weight,
-                          .h = before ? h_ : nullptr,
-                          .y = y_,
-                          .rstd = nullptr,
-                          .num_rows = num_tokens,
-                          .num_cols = c.hidden_size,
-                          .x_row_stride = c.hidden_size,
-                          .residual_row_stride = c.hidden_size,
-                          .h_row_stride = c.hidden_size,
-                          .y_row_stride = c.hidden_size,
-                          .eps = c.norm_eps,
-                          .weight_offset = c.norm_weight_offset,
-                          .dtype = act};
+    const RmsNormFwd args = norm_args(c, before ? delta_ : h_, before ? h_ : nullptr, weight, before ? h_ : nullptr, y_,
+                                      num_tokens, c.hidden_size);
     const void* input = weight ? y_ : h_;
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
       if (before) settle(before->bias, before->post_norm, begin, end);
@@ -560,21 +538,7 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
 
   // The same between blocks that are parallel: the next one starts from h as it was, or from what attention started from.
   const auto join = [&](const Leaving& before, const LayerWeights& layer) -> const void* {
-    const RmsNormFwd args{.x = h_,
-                          .residual = nullptr,
-                          .weight = layer.mlp_norm,
-                          .h = nullptr,
-                          .y = y_,
-                          .rstd = nullptr,
-                          .num_rows = num_tokens,
-                          .num_cols = c.hidden_size,
-                          .x_row_stride = c.hidden_size,
-                          .residual_row_stride = 0,
-                          .h_row_stride = 0,
-                          .y_row_stride = c.hidden_size,
-                          .eps = c.norm_eps,
-                          .weight_offset = c.norm_weight_offset,
-                          .dtype = act};
+    const RmsNormFwd args = norm_args(c, h_, nullptr, layer.mlp_norm, nullptr, y_, num_tokens, c.hidden_size);
     worker.run(num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
       if (layer.mlp_norm) norm_rows(c.norm, args, layer.mlp_norm_bias, begin, end);
       settle(before.bias, before.post_norm, begin, end);
@@ -685,7 +649,7 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
         gelu_isa().fwd(gelu, begin, end);
       prepare(layer.down, mlp_, c.intermediate_size, begin, end, num_tokens);
     });
-    mark(worker, PhaseKind::swiglu);
+    mark(worker, PhaseKind::activation);
     linear(worker, layer.down, mlp_, c.intermediate_size, delta_, c.hidden_size, num_tokens, act);
     mark(worker, PhaseKind::down);
     adapt(worker, i, AdapterSlot::down);
@@ -702,22 +666,10 @@ void Decoder::layers(const Step& step, Phases::Worker& worker) {
 void Decoder::last_norm(int32_t row, int64_t r) const {
   const ModelConfig& c = model_->config();
   // h is left as it is: a row may be asked for twice.
+  const auto row_of = [&](void* base, int64_t i) { return at(base, i * c.hidden_size, c.act_dtype); };
   norm_rows(c.norm,
-            {.x = at(delta_, row * c.hidden_size, c.act_dtype),
-             .residual = at(h_, row * c.hidden_size, c.act_dtype),
-             .weight = model_->norm(),
-             .h = at(last_, r * c.hidden_size, c.act_dtype),
-             .y = at(y_, r * c.hidden_size, c.act_dtype),
-             .rstd = nullptr,
-             .num_rows = 1,
-             .num_cols = c.hidden_size,
-             .x_row_stride = 0,
-             .residual_row_stride = 0,
-             .h_row_stride = 0,
-             .y_row_stride = 0,
-             .eps = c.norm_eps,
-             .weight_offset = c.norm_weight_offset,
-             .dtype = c.act_dtype},
+            norm_args(c, row_of(delta_, row), row_of(h_, row), model_->norm(), row_of(last_, r), row_of(y_, r), 1,
+                      c.hidden_size),
             model_->norm_bias(), 0, 1);
 }
 

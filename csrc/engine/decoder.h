@@ -23,7 +23,7 @@
 namespace pe {
 
 // Kinds of phases, for the profile.
-enum class PhaseKind : int { embed, norm, qkv, rope, attention, o, gate_up, swiglu, down, head, logprob, lora };
+enum class PhaseKind : int { embed, norm, qkv, rope, attention, o, gate_up, activation, down, head, logprob, lora };
 constexpr int kNumPhaseKinds = 12;
 const char* phase_kind_name(PhaseKind kind);
 

@@ -2,8 +2,6 @@
 // elements of one row: neighbours in d for scores, keys 2i and 2i + 1 by absolute index for values. Included by
 // simd/attention_rows.h.
 #pragma once
-#include "simd/unroll.h"
-
 #if defined(__AVX512BF16__)
 #include "simd/bf16_pairs.h"
 #endif

@@ -15,6 +15,7 @@
 
 #include "pe/attention.h"
 #include "simd/int8.h"
+#include "simd/unroll.h"
 
 // Loops over the rows and vectors of a tile must vanish for the tile to live in registers.
 #define PE_UNROLL _Pragma("GCC unroll 8")
@@ -101,28 +102,23 @@ static inline void for_each_block(const RowRanges& rows, const KeyRange& keys, c
   }
 }
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// Calls body(Count<count>) with 1 <= count <= kTileRows.
+// Calls body(Index<count>) with 1 <= count <= kTileRows.
 template <class Body>
 static inline void with_count(int count, const Body& body) {
   static_assert(kTileRows == 6);
   switch (count) {
     case 1:
-      return body(Count<1>{});
+      return body(Index<1>{});
     case 2:
-      return body(Count<2>{});
+      return body(Index<2>{});
     case 3:
-      return body(Count<3>{});
+      return body(Index<3>{});
     case 4:
-      return body(Count<4>{});
+      return body(Index<4>{});
     case 5:
-      return body(Count<5>{});
+      return body(Index<5>{});
     default:
-      return body(Count<6>{});
+      return body(Index<6>{});
   }
 }
 
@@ -165,7 +161,7 @@ namespace pe::PE_ISA {
 template <int R, class Q, class T>
 static void dot_tile(const Q* const* rows, const T* const* lane_blocks, const T* const* next_blocks, int begin, int end,
                      int64_t head_dim, float (*scores)[kBlockKeys]) {
-  const auto step = [&]<int N>(int n, Count<N>) {
+  const auto step = [&]<int N>(int n, Index<N>) {
     const T *lanes[N], *next[N];
     float* out[R];
     for (int i = 0; i < N; ++i) {
@@ -179,13 +175,13 @@ static void dot_tile(const Q* const* rows, const T* const* lane_blocks, const T*
   };
   int n = begin * kVecsPerLaneBlock;
   const int last = end * kVecsPerLaneBlock;
-  for (; last - n >= kTileVecs; n += kTileVecs) step(n, Count<kTileVecs>{});
+  for (; last - n >= kTileVecs; n += kTileVecs) step(n, Index<kTileVecs>{});
   if constexpr (kTileVecs > 2) {
     if (last - n >= 2) {
-      step(n, Count<2>{});
+      step(n, Index<2>{});
       n += 2;
     }
-    if (last - n >= 1) step(n, Count<1>{});
+    if (last - n >= 1) step(n, Index<1>{});
   }
 }
 
@@ -477,7 +473,7 @@ static inline void attend_part(const ForwardRows& rows, int64_t part_begin, floa
   for_each_block(rows.ranges, keys, [&](int64_t base, int64_t key_begin, int64_t key_end, const auto& visit) {
     const KvBlock<T> kv = kv_block(base, key_begin, key_end);
     visit([&](const RowTile& tile) {
-      with_count(tile.count, [&]<int R>(Count<R>) {
+      with_count(tile.count, [&]<int R>(Index<R>) {
         decltype(rows.template q_row<kPairs>(0)) q[R];
         float* acc[R];
         float factor[R];

@@ -29,7 +29,7 @@ template <int panels, class Op>
 static inline void group_tile_panels(const Op& op, int64_t row_begin, int64_t num_rows, int64_t panel) {
   constexpr BlockFormat format = Op::kFormat;
   constexpr int parts = scale_groups(format);
-  constexpr int64_t kTileBytes = kTileRows * kTileRowBytes, kDepth = kBlockSize / parts;
+  constexpr int64_t kTileBytes = kTileRows * kTileRowBytes, kDepth = kGroupSize / parts;
   constexpr int64_t kDepthBytes = kDepth * Op::kElementBytes;
   constexpr int64_t rows_kept = panels == 4 ? kTileRows : kGroupRowBlock;
   const int64_t panel_stride = panel_bytes(format, op.weights.num_cols);

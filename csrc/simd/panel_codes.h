@@ -10,7 +10,7 @@
 
 namespace pe::PE_ISA {
 
-constexpr int kGroupQuads = static_cast<int>(kBlockSize) / 4;
+constexpr int kGroupQuads = static_cast<int>(kGroupSize) / 4;
 
 template <BlockFormat format, int i>
 [[gnu::always_inline]] static inline Codes quad(const uint8_t* group) {

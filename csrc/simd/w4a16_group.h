@@ -14,8 +14,8 @@ struct GroupSums {
 static inline GroupSums group_sums(const MatmulW4A16& a) {
   const int64_t num_cols = a.weight.num_cols;
   const int64_t copied = a.x_is_bf16() ? a.num_rows * num_cols : 0;
-  if (scale_groups(a.weight.format) == 1) return {a.workspace + copied, num_cols / kBlockSize};
-  return {a.workspace + copied + a.num_rows * (num_cols / kBlockSize), num_cols / kBlockSize * 2};
+  if (scale_groups(a.weight.format) == 1) return {a.workspace + copied, num_cols / kGroupSize};
+  return {a.workspace + copied + a.num_rows * (num_cols / kGroupSize), num_cols / kGroupSize * 2};
 }
 
 // Fills the row's sums from its x, f32 or bf16.
@@ -25,9 +25,9 @@ static inline void store_group_sums(const MatmulW4A16& a, int64_t row, const T* 
   const GroupSums sums = group_sums(a);
   float* out = sums.first + row * sums.num_groups;
   if (scale_groups(a.weight.format) == 1)
-    for (int64_t g = 0; g < sums.num_groups; ++g, x += kBlockSize) out[g] = sum(add(half(x), half(x + kPanelRows)));
+    for (int64_t g = 0; g < sums.num_groups; ++g, x += kGroupSize) out[g] = sum(add(half(x), half(x + kPanelRows)));
   else
-    for (int64_t g = 0; g < sums.num_groups; ++g, x += kBlockSize / 2) out[g] = sum(half(x));
+    for (int64_t g = 0; g < sums.num_groups; ++g, x += kGroupSize / 2) out[g] = sum(half(x));
 }
 
 using W4A16Scales = GroupScales;  // m: of the codes q - z

@@ -19,7 +19,7 @@ struct QuantizedRow {
 };
 
 static inline QuantizedRow quantized_row(const MatmulW4A8& a, int64_t row) {
-  const int64_t num_groups = a.weight.num_cols / kBlockSize;
+  const int64_t num_groups = a.weight.num_cols / kGroupSize;
   const uint8_t* values = a.quantized + row * quantized_row_bytes(a.weight.num_cols);
   const float* scales = reinterpret_cast<const float*>(values + a.weight.num_cols);
   const int32_t* sums = reinterpret_cast<const int32_t*>(scales + num_groups);

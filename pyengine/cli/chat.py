@@ -10,7 +10,7 @@ import click
 from pyengine.cli.options import (
     adapter_option,
     engine_options,
-    load_adapter,
+    open_llm,
     sampling_options,
     speculation,
     speculation_options,
@@ -48,17 +48,11 @@ def command(
     pyengine chat model.gguf -m "Name three prime numbers." --max-tokens 40
     pyengine chat large.gguf --draft-model small.gguf --explain
     """
-    from pyengine.infer import LLM, SamplingParams
+    from pyengine.infer import SamplingParams
 
-    llm = LLM(
-        model,
-        weights=weights,
-        mode=mode,
-        threads=threads,
-        max_context=max_context,
-        speculation=speculation(method, draft_model, num_speculative_tokens),
-    )
-    name = load_adapter(llm, adapter)
+    proposals = speculation(method, draft_model, num_speculative_tokens)
+    engine = {"weights": weights, "mode": mode, "threads": threads, "max_context": max_context}
+    llm, name = open_llm(model, adapter, speculation=proposals, **engine)
     params = SamplingParams(**sampling)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     if show_explain:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 # extra -> a module that shows whether it is installed
-EXTRAS = {"train": "torch"}
+EXTRAS = {"train": "torch", "structured": "llguidance"}
 
 
 @click.command("doctor")

@@ -12,7 +12,7 @@ import click
 from pyengine.cli.options import (
     adapter_option,
     engine_options,
-    load_adapter,
+    open_llm,
     sampling_options,
     speculation,
     speculation_options,
@@ -64,7 +64,7 @@ def command(
     pyengine generate model.gguf "$(cat report.txt) In short:" --speculation prompt_lookup
     pyengine generate model/ --json <prompts.txt >completions.jsonl
     """
-    from pyengine.infer import LLM, SamplingParams, StructuredOutputs
+    from pyengine.infer import SamplingParams, StructuredOutputs
 
     forms: dict[str, Any] = {
         "json": json_schema and json_schema.read(),
@@ -75,15 +75,9 @@ def command(
     outputs = None if all(form is None for form in forms.values()) else StructuredOutputs(**forms)
     params = SamplingParams(logprobs=logprobs, n=n, best_of=best_of, structured_outputs=outputs, **sampling)
     texts = list(prompts) or [line.rstrip("\n") for line in sys.stdin]
-    llm = LLM(
-        model,
-        weights=weights,
-        mode=mode,
-        threads=threads,
-        max_context=max_context,
-        speculation=speculation(method, draft_model, num_speculative_tokens),
-    )
-    name = load_adapter(llm, adapter)
+    proposals = speculation(method, draft_model, num_speculative_tokens)
+    engine = {"weights": weights, "mode": mode, "threads": threads, "max_context": max_context}
+    llm, name = open_llm(model, adapter, speculation=proposals, **engine)
     if len(texts) == 1 and params.num_drawn == 1 and not as_json:
         for piece in llm.stream(texts[0], params, adapter=name):
             click.echo(piece.text, nl=False)

@@ -99,9 +99,14 @@ def adapter_option(function: F) -> F:
     )(function)
 
 
-def load_adapter(llm: LLM, path: str | None) -> str | None:
-    """The name that the adapter of --adapter is served by."""
-    return None if path is None else llm.load_adapter("adapter", path).name
+def open_llm(
+    model: str, adapter: str | None, *, speculation: Speculation | None = None, **engine: Any
+) -> tuple[LLM, str | None]:
+    """The model, and the name that the adapter of --adapter is served by; `engine`: see engine_options."""
+    from pyengine.infer import LLM
+
+    llm = LLM(model, speculation=speculation, **engine)
+    return llm, None if adapter is None else llm.load_adapter("adapter", adapter).name
 
 
 def sampling_options(function: F) -> F:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from pyengine.cli.options import adapter_option, engine_options, load_adapter
+from pyengine.cli.options import adapter_option, engine_options, open_llm
 
 if TYPE_CHECKING:
     from pyengine.infer import Score
@@ -57,10 +57,8 @@ def command(
         raise click.UsageError("expected PROMPT and COMPLETIONS, or --input")
     from pyengine.cli.progress import counted
     from pyengine.data.jsonl import read_jsonl
-    from pyengine.infer import LLM
 
-    llm = LLM(model, weights=weights, mode=mode, threads=threads, max_context=max_context)
-    name = load_adapter(llm, adapter)
+    llm, name = open_llm(model, adapter, weights=weights, mode=mode, threads=threads, max_context=max_context)
     if pairs_file is None:
         assert prompt is not None
         for text, score in zip(

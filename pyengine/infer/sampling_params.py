@@ -84,7 +84,8 @@ class SamplingParams:
     structured_outputs: StructuredOutputs | None = None
     """What the text must be: a JSON schema, a regular expression, a choice, a grammar."""
     prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt, but its first. They take a second pass over the prompt."""
+    """The same for the tokens of the prompt, but its first. Without a prefix cache they take a second pass
+    over the prompt."""
 
     num_speculative_tokens: int | None = None
     """Propose at most this many tokens per step where the LLM speculates, 0 for none; None takes the LLM's number.

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from infer.test_same_bits import assert_same, options, sequences
+from infer.batches import assert_same, options, run_batch, sequences
 
 from pyengine import _C, LLM, AsyncLLM, SamplingParams
 from pyengine.cli import chat, generate, score
@@ -61,32 +61,6 @@ def _restore():
     _C.set_active_isa(isa)
 
 
-def run_batch(llm, batch, names, chunk):
-    """Logits of every token of every sequence, computed together: each step feeds up to `chunk` tokens of each."""
-    decoder = llm._runner.decoder
-    out = [np.empty((len(ids), llm.spec.vocab_size), np.float32) for ids in batch]
-    seqs = [decoder.add_sequence(adapter=llm._adapters.get(name)) for name in names]
-    done = [0] * len(batch)
-    while any(d < len(ids) for d, ids in zip(done, batch, strict=True)):
-        tokens, slots, places = [], [], []
-        for i, ids in enumerate(batch):
-            part = ids[done[i] : done[i] + chunk][: decoder.max_tokens - len(tokens)]
-            if len(part):
-                decoder.grow(seqs[i], len(part))
-            tokens += part.tolist()
-            slots += [seqs[i]] * len(part)
-            places += [(i, done[i] + k) for k in range(len(part))]
-            done[i] += len(part)
-        logits = np.empty((len(tokens), llm.spec.vocab_size), np.float32)
-        rows = np.arange(len(tokens), dtype=np.int32)
-        decoder.step(np.array(tokens, np.int32), np.array(slots, np.int32), rows, logits=logits)
-        for row, (i, position) in enumerate(places):
-            out[i][position] = logits[row]
-    for seq in seqs:
-        decoder.free_sequence(seq)
-    return out
-
-
 def prompts(count, length=40):
     rng = np.random.default_rng(3)
     return [rng.integers(3, 384, length + i).tolist() for i in range(count)]
@@ -100,15 +74,15 @@ def test_mixed_batches_chunks_and_threads_change_no_bit(engine, weights, mode):
     llm = engine(threads=1, **options(weights, mode))
     batch = sequences(17)
     names = [NAMES[(i + i // 4) % 4] for i in range(17)]
-    alone = [run_batch(llm, [ids], [name], chunk=512)[0] for ids, name in zip(batch, names, strict=True)]
+    alone = [run_batch(llm, [ids], 512, [name])[0] for ids, name in zip(batch, names, strict=True)]
     for count in (2, 3, 7, 17):
-        assert_same(run_batch(llm, batch[:count], names[:count], chunk=64), alone[:count])
+        assert_same(run_batch(llm, batch[:count], 64, names[:count]), alone[:count])
     for chunk in (1, 7, 64):
-        assert_same(run_batch(llm, batch[:6], names[:6], chunk=chunk), alone[:6])
+        assert_same(run_batch(llm, batch[:6], chunk, names[:6]), alone[:6])
     for threads in (2, 3):
         _C.set_num_threads(threads)
-        assert_same(run_batch(llm, batch[:7], names[:7], chunk=64), alone[:7])
-    backwards = run_batch(llm, batch[6::-1], names[6::-1], chunk=64)
+        assert_same(run_batch(llm, batch[:7], 64, names[:7]), alone[:7])
+    backwards = run_batch(llm, batch[6::-1], 64, names[6::-1])
     assert_same(backwards, alone[6::-1])
 
 
@@ -119,8 +93,8 @@ def test_every_isa_level(engine, weights):
     for level in _C.available_isas():
         _C.set_active_isa(level)
         llm = engine(**options(weights, "exact"))
-        alone = [run_batch(llm, [ids], [name], chunk=512)[0] for ids, name in zip(batch, names, strict=True)]
-        assert_same(run_batch(llm, batch, names, chunk=7), alone)
+        alone = [run_batch(llm, [ids], 512, [name])[0] for ids, name in zip(batch, names, strict=True)]
+        assert_same(run_batch(llm, batch, 7, names), alone)
         first = first or alone
         error = max(np.abs(a - b).max() for a, b in zip(alone, first, strict=True))
         assert error <= (0.1 if weights == "bfloat16" else 1e-4) * max(np.abs(a).max() for a in first)
@@ -130,7 +104,7 @@ def test_a_sequence_without_an_adapter_has_the_bits_of_an_engine_without_adapter
     batch = sequences(8)
     plain = LLM(tiny, cache_tokens=4096)
     names = [NAMES[i % 4] for i in range(8)]
-    got = run_batch(engine(), batch, names, chunk=64)
+    got = run_batch(engine(), batch, 64, names)
     for ids, name, logits in zip(batch, names, got, strict=True):
         assert (logits.tobytes() == plain.logits(ids.tolist()).tobytes()) == (name is None)
 
@@ -141,7 +115,7 @@ def test_equal_rows_of_the_same_text_tell_the_adapters_apart(engine):
     alone = {name: llm.logits(ids.tolist(), adapter=name) for name in NAMES}
     assert len({logits.tobytes() for logits in alone.values()}) == len(NAMES)
     names = [NAMES[i % 4] for i in range(12)]
-    assert_same(run_batch(llm, [ids] * 12, names, chunk=16), [alone[name] for name in names])
+    assert_same(run_batch(llm, [ids] * 12, 16, names), [alone[name] for name in names])
 
 
 def test_the_scale_is_part_of_the_adapter(tiny, spec, tmp_path):

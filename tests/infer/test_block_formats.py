@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 
-from infer.test_same_bits import assert_same, run_batch, sequences  # noqa: E402
+from infer.batches import assert_same, run_batch, sequences  # noqa: E402
 
 from pyengine import _C, LLM, SamplingParams  # noqa: E402
 from pyengine.errors import BackendUnavailable, ModelFileError  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from infer.test_same_bits import assert_same, options, run_batch, sequences  # noqa: E402
+from infer.batches import assert_same, options, run_batch, sequences  # noqa: E402
 from infer.test_training_parity import assert_parity, documents  # noqa: E402
 from infer.transformers_peer import greedy, logits, to_exact  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from infer.batches import assert_same, options, run_batch, sequences
 
 from pyengine import _C, LLM
 
 FORMATS = ["float32", "bfloat16", "q8_0", "q4_1", "q4_0"]
-LENGTHS = [1, 2, 17, 64, 65, 130]
 
 
 @pytest.fixture(autouse=True)
@@ -14,48 +14,6 @@ def _restore_threads():
     before = _C.num_threads()
     yield
     _C.set_num_threads(before)
-
-
-def sequences(count):
-    rng = np.random.default_rng(7)
-    return [rng.integers(0, 384, LENGTHS[i % len(LENGTHS)]).astype(np.int32) for i in range(count)]
-
-
-def run_batch(llm, batch, chunk):
-    """Logits of every token of every sequence, computed together: each step feeds up to `chunk` tokens of each."""
-    decoder = llm._runner.decoder
-    out = [np.empty((len(ids), llm.spec.vocab_size), np.float32) for ids in batch]
-    seqs = [decoder.add_sequence() for _ in batch]
-    done = [0] * len(batch)
-    while any(d < len(ids) for d, ids in zip(done, batch, strict=True)):
-        tokens, slots, places = [], [], []
-        for i, ids in enumerate(batch):
-            part = ids[done[i] : done[i] + chunk]
-            room = decoder.max_tokens - len(tokens)
-            part = part[:room]
-            if len(part):
-                decoder.grow(seqs[i], len(part))
-                tokens += part.tolist()
-                slots += [seqs[i]] * len(part)
-                places += [(i, done[i] + k) for k in range(len(part))]
-                done[i] += len(part)
-        logits = np.empty((len(tokens), llm.spec.vocab_size), np.float32)
-        rows = np.arange(len(tokens), dtype=np.int32)
-        decoder.step(np.array(tokens, np.int32), np.array(slots, np.int32), rows, logits=logits)
-        for row, (i, position) in enumerate(places):
-            out[i][position] = logits[row]
-    for seq in seqs:
-        decoder.free_sequence(seq)
-    return out
-
-
-def assert_same(got, expected):
-    for a, b in zip(got, expected, strict=True):
-        assert a.tobytes() == b.tobytes(), f"{(a != b).sum()} of {a.size} logits differ, max {np.abs(a - b).max()}"
-
-
-def options(weights, mode):
-    return {"weights": weights, "mode": mode, "max_batch_tokens": 512, "cache_tokens": 8192}
 
 
 CASES = [(weights, "exact") for weights in FORMATS]

@@ -86,7 +86,7 @@ template <class Body>
   }
 }
 
-constexpr int64_t kBlockSize = 32;   // k of a packed group, and what K is a multiple of in every format
+constexpr int64_t kGroupSize = 32;   // k of a packed group, and what K is a multiple of in every format
 constexpr int64_t kSuperSize = 256;  // k of the largest block
 constexpr int64_t kPanelRows = 16;   // rows of the weight per panel
 constexpr int64_t kScaleBytes = 32;  // 16 f16
@@ -100,13 +100,13 @@ static constexpr int code_bits(BlockFormat f) { return info(f).has_book ? 8 : st
 static constexpr int32_t middle_code(BlockFormat f) { return 1 << (code_bits(f) - 1); }
 static constexpr bool has_min(BlockFormat f) { return info(f).has_min; }
 constexpr int kGroupHalves = 2;  // scale groups at most
-static constexpr int scale_groups(BlockFormat f) { return static_cast<int>(kBlockSize) / info(f).scale_group; }
+static constexpr int scale_groups(BlockFormat f) { return static_cast<int>(kGroupSize) / info(f).scale_group; }
 
 static constexpr int64_t block_weights_row_bytes(BlockFormat format, int64_t num_cols) {
   return num_cols / info(format).block_size * info(format).gguf_block_bytes;
 }
 
-static constexpr int64_t packed_code_bytes(BlockFormat f) { return kPanelRows * kBlockSize * stored_bits(f) / 8; }
+static constexpr int64_t packed_code_bytes(BlockFormat f) { return kPanelRows * kGroupSize * stored_bits(f) / 8; }
 static constexpr int64_t packed_group_bytes(BlockFormat f) {
   const int64_t scales = info(f).scales == BlockScales::f16   ? kScaleBytes * (has_min(f) ? 2 : 1)
                          : has_min(f) || scale_groups(f) == 2 ? 2 * kPanelRows
@@ -117,14 +117,14 @@ static constexpr int64_t super_scale_bytes(BlockFormat f) {
   return info(f).scales == BlockScales::f16 ? 0 : kScaleBytes * (has_min(f) ? 2 : 1);
 }
 static constexpr int64_t packed_block_bytes(BlockFormat f) {
-  return super_scale_bytes(f) + info(f).block_size / kBlockSize * packed_group_bytes(f);
+  return super_scale_bytes(f) + info(f).block_size / kGroupSize * packed_group_bytes(f);
 }
 // From the first byte of a panel to the block of group g, where its super scales lie, and to the group.
 static constexpr int64_t block_offset(BlockFormat f, int64_t g) {
-  return g / (info(f).block_size / kBlockSize) * packed_block_bytes(f);
+  return g / (info(f).block_size / kGroupSize) * packed_block_bytes(f);
 }
 static constexpr int64_t group_offset(BlockFormat f, int64_t g) {
-  return block_offset(f, g) + super_scale_bytes(f) + g % (info(f).block_size / kBlockSize) * packed_group_bytes(f);
+  return block_offset(f, g) + super_scale_bytes(f) + g % (info(f).block_size / kGroupSize) * packed_group_bytes(f);
 }
 
 static constexpr int64_t num_panels(int64_t num_rows) { return (num_rows + kPanelRows - 1) / kPanelRows; }

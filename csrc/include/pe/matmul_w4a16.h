@@ -44,7 +44,7 @@ struct MatmulW4A16 {
 // [M, K/32], or [M, K/16] after room for those, so that weights of several formats can share the workspace of one x.
 static constexpr int64_t matmul_w4a16_workspace_floats(BlockFormat format, bool x_is_bf16, int64_t num_rows,
                                                        int64_t num_cols) {
-  const int64_t num_groups = num_rows * (num_cols / kBlockSize);
+  const int64_t num_groups = num_rows * (num_cols / kGroupSize);
   return (x_is_bf16 ? num_rows * num_cols : 0) +
          (has_min(format) ? num_groups * (scale_groups(format) == 1 ? 1 : 3) : 0);
 }

@@ -37,7 +37,7 @@ struct MatmulW4A8 {
 };
 
 static constexpr int64_t quantized_row_bytes(int64_t num_cols) {
-  return num_cols + num_cols / kBlockSize * static_cast<int64_t>(sizeof(float) + 2 * sizeof(int32_t));
+  return num_cols + num_cols / kGroupSize * static_cast<int64_t>(sizeof(float) + 2 * sizeof(int32_t));
 }
 
 void matmul_w4a8_cpu(const MatmulW4A8& args);  // brings its own quantised rows: args.quantized is not read
